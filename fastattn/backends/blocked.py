@@ -1,0 +1,447 @@
+"""The tiled verbs in torch operations: every mask, score, sink, dropout and derivative, one tile of scores at a time.
+
+Formulas: with A the scores after the chain, L the log-sum-exp, Z = keep / (1 - p) (all ones without dropout),
+pi = exp(sink - L) and the cotangents dO, dL:
+
+    P = exp(A - L)    O = (Z P) V    dP = Z (dO V')    delta = dO.O - dL    gA = P (dP - delta)
+    dV = (Z P)' dO    dX = chain'(gA)    dQ = scale dX K    dK = scale dX' Q    dsink = -sum pi delta
+
+and for tangents (a dot on top), with A. = chain'(scale (Q. K' + Q K.')) + terms of the parameters' tangents:
+
+    L. = sum P A. + pi sink.    O. = (Z P A.) V + (Z P) V. - L. O    U = A. - L.    delta. = dO.O. + dO..O - dL.
+    gA. = P (U (dP - delta) + Z (dO V.' + dO. V') - delta.)
+
+No sum over keys is split between tiles of a row but in the order of the keys, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dropout import keep_mask
+from ..problem import LOW, Grads, Problem, Tangents, empty_like_layout
+from ..scores import Additive, General, Pointwise
+from .operands import (
+    add_keys,
+    dot_columns,
+    dot_keys,
+    dot_rows,
+    exact_out,
+    k_part,
+    q_part,
+    row_dot,
+    safe_lse,
+    sink_weight,
+    sum_rows_like,
+)
+from .regions import Region, regions
+from .tile import Tile, select
+
+TILE = 1 << 18  # score elements of a tile, over all its batch entries and heads
+KEYS = 512  # keys of a tile
+
+
+class Part(NamedTuple):
+    """A tile of a region: a chunk of its rows and a chunk of its keys, each as a region of its own, and what is hidden."""
+
+    region: Region  # rows and keys are the tile's, in storage
+    tile: Tile
+    hidden: Tensor | None  # bool, broadcastable to the tile
+
+
+def _chunks(p: Problem) -> Iterator[Region]:
+    """Every region, its rows cut so that a tile of scores stays small."""
+    for region in regions(p):
+        step = max(16, min(256, TILE // (region.n_heads * min(KEYS, region.n_keys))))
+        for row in range(0, region.n_rows, step):
+            chunk = region.cut(row, min(row + step, region.n_rows))
+            if chunk is not None:
+                yield chunk
+
+
+def _parts(p: Problem, chunk: Region) -> Iterator[Part]:
+    """The tiles of a chunk of rows, in the order of their keys."""
+    index, rows = chunk.keys, slice(0, chunk.n_rows)
+    for key in range(0, chunk.n_keys, KEYS):
+        keys = slice(key, min(key + KEYS, chunk.n_keys))
+        storage = slice(index.start + keys.start, index.start + keys.stop) if isinstance(index, slice) else index[keys]
+        visible = chunk.visible(rows, keys)
+        tile = Tile(p, chunk.b, chunk.h, chunk.rows, storage)
+        hidden = None if visible is None else ~visible.to(p.q.device)
+        yield Part(Region(chunk.b, chunk.h, chunk.rows, storage), tile, hidden)
+
+
+def _hide(s: Tensor, hidden: Tensor | None) -> Tensor:
+    return s if hidden is None else s.masked_fill(hidden, -torch.inf)
+
+
+def _keep(p: Problem, tile: Tile) -> Tensor | None:
+    """Z = keep / (1 - dropout_p) of a tile, or None without dropout."""
+    if p.dropout_p == 0.0:
+        return None
+    assert p.rng is not None
+    if p.dropout_p == 1.0:
+        return torch.zeros((), dtype=tile.dtype, device=tile.device)
+    keep = keep_mask(p.rng, p.dropout_p, tile.b, tile.h, tile.q, tile.k, tile.b_slice, p.n_b)
+    return keep.to(tile.dtype).div_(1.0 - p.dropout_p)
+
+
+def _times(x: Tensor, z: Tensor | None) -> Tensor:
+    return x if z is None else x * z
+
+
+def apply_chain(p: Problem, s: Tensor, tile: Tile) -> tuple[Tensor, list[Tensor]]:
+    """The scores after the chain, and the scores in front of each of its modifiers."""
+    before = []
+    for score in p.scores:
+        before.append(s)
+        if isinstance(score, Additive):
+            s = s + score.term(tile)
+        elif isinstance(score, Pointwise):
+            s = score.value(s)
+        else:
+            assert isinstance(score, General)
+            s = score.value(s, tile)
+    return s, before
+
+
+def chain_backward(p: Problem, g: Tensor, before: list[Tensor], tile: Tile, dparams: list[Tensor] | None) -> Tensor:
+    """The gradient in front of the chain from the one behind it; adds the parameters' gradients to `dparams`."""
+    end = len(p.params)
+    for score, s in zip(reversed(p.scores), reversed(before), strict=True):
+        start = end - len(score.params)
+        grads = dparams[start:end] if dparams is not None else []
+        end = start
+        if isinstance(score, Pointwise):
+            g = g * score.derivs(s)[1]
+        elif isinstance(score, Additive):
+            if grads:
+                score.accumulate(grads, g, tile)
+        else:
+            if grads:
+                score.accumulate(grads, g, s, tile)
+            g = g * score.derivs(s, tile)[1]
+    return g
+
+
+def chain_tangent(p: Problem, ds: Tensor | None, before: list[Tensor], tile: Tile, t: Tangents) -> list[Tensor | None]:
+    """The tangent in front of each modifier and, last, behind the chain; None stands for zero."""
+    tangents, start = [ds], 0
+    for score, s in zip(p.scores, before, strict=True):
+        n = len(score.params)
+        own = t.params[start : start + n]
+        start += n
+        if isinstance(score, Pointwise):
+            ds = None if ds is None else ds * score.derivs(s)[1]
+        elif any(x is not None for x in own):
+            filled = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(score.params, own, strict=True)]
+            term = score.with_params(tuple(filled)).term(tile)
+            ds = term.expand_as(s) if ds is None else ds + term
+        tangents.append(ds)
+    return tangents
+
+
+def chain_backward_tangent(
+    p: Problem, g: Tensor, dg: Tensor, before: list[Tensor], tangents: list[Tensor | None], tile: Tile,
+    dparams: list[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """`chain_backward` and its tangent: (g, dg) in front of the chain; adds the tangents of the parameters' gradients."""
+    end = len(p.params)
+    for score, s, ds in zip(reversed(p.scores), reversed(before), reversed(tangents[:-1]), strict=True):
+        start = end - len(score.params)
+        if isinstance(score, Pointwise):
+            _, first, second = score.derivs(s)
+            dg = dg * first
+            if ds is not None:
+                dg = dg + g * second * ds
+            g = g * first
+        elif start < end and dparams is not None:
+            score.accumulate(dparams[start:end], dg, tile)
+        end = start
+    return g, dg
+
+
+def require_second_order(p: Problem) -> None:
+    """Raise where a score of the chain has no second derivative."""
+    for score in p.scores:
+        if score.order < 2:
+            raise NotImplementedError(
+                f"score {score!r} has first derivatives only, but a second derivative or a forward-mode derivative was "
+                "asked for; use a Pointwise or an Additive score for those"
+            )
+
+
+class _Wide(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _wide(p: Problem) -> _Wide:
+    return _Wide(*(x.to(p.acc_dtype) for x in (p.q, p.k, p.v)))
+
+
+def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, out_lo): see `fastattn.backends`."""
+    w = _wide(p)
+    shape = (p.n_b, p.n_h, p.n_q, p.v_dim)
+    out = empty_like_layout(p.q, shape, p.acc_dtype).zero_()
+    if p.sinks is None:
+        lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype, device=p.q.device)
+    else:
+        lse = p.sinks.to(p.acc_dtype)[:, :, None].expand(shape[:3]).contiguous()
+    for chunk in _chunks(p):
+        k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
+        lse_chunk = q_part(lse, chunk)
+        o, row_lse = _softmax_rows(p, chunk, q_part(w.q, chunk), k, v, lse_chunk)
+        q_part(out, chunk).copy_(o)
+        lse_chunk.copy_(row_lse)
+    return split_out(p, out, lse, train)
+
+
+def split_out(p: Problem, out: Tensor, lse: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out rounded to the inputs' dtype, and what the rounding lost where a gradient will want it."""
+    if p.q.dtype not in LOW:
+        return out, lse, p.q.new_empty(0)
+    high = out.to(p.q.dtype)
+    return high, lse, (out - high).to(p.q.dtype) if train else p.q.new_empty(0)
+
+
+def _softmax_rows(p: Problem, chunk: Region, q: Tensor, k: Tensor, v: Tensor, start_lse: Tensor):
+    """Online softmax over the keys of a chunk of rows; `start_lse` is the sink's logit, or -inf."""
+    row_max = start_lse.clone()  # [B, H, rows]
+    row_sum = (start_lse != -torch.inf).to(q.dtype)
+    acc = q.new_zeros(*q.shape[:3], v.shape[3])
+    q = q * p.scale
+    done = 0
+    for part in _parts(p, chunk):
+        n = part.region.n_keys
+        s, _ = apply_chain(p, dot_keys(q, k.narrow(2, done, n)), part.tile)
+        s = _hide(s, part.hidden)
+        new_max = torch.maximum(row_max, s.amax(-1))
+        safe = new_max.masked_fill(new_max == -torch.inf, 0.0)
+        weights = torch.exp(s - safe[..., None])
+        alpha = torch.exp(row_max - safe)
+        row_sum = row_sum * alpha + weights.sum(-1)
+        weights = _times(weights, _keep(p, part.tile))
+        acc = acc * alpha[..., None] + dot_rows(weights, v.narrow(2, done, n))
+        row_max = new_max
+        done += n
+    empty = row_max == -torch.inf
+    out = acc / row_sum.masked_fill(empty, 1.0)[..., None]
+    return out, torch.where(empty, row_max, row_max + torch.log(row_sum))
+
+
+class _Rows(NamedTuple):
+    """Row-wise tensors of a chunk of rows."""
+
+    q: Tensor
+    do: Tensor | None
+    lse: Tensor  # +inf where a row sees nothing
+    delta: Tensor
+
+
+def _key_totals(p: Problem) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Zeros to sum dq, dk, dv and the parameters' gradients in, in the accumulation dtype."""
+    acc = p.acc_dtype
+    zeros = [empty_like_layout(x, tuple(x.shape), acc).zero_() for x in (p.q, p.k, p.v)]
+    return (*zeros, [torch.zeros(x.shape, dtype=acc, device=x.device) for x in p.params])
+
+
+def _rounded(p: Problem, dq: Tensor, dk: Tensor, dv: Tensor, dparams: list[Tensor], dsinks: Tensor | None) -> Grads:
+    dtype = p.q.dtype
+    return Grads(
+        dq.to(dtype), dk.to(dtype), dv.to(dtype),
+        [g.to(x.dtype) for g, x in zip(dparams, p.params, strict=True)] if p.param_grads else [], dsinks,
+    )  # fmt: skip
+
+
+def sink_gradient(p: Problem, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """dsink = -sum over rows of pi * delta."""
+    return None if p.sinks is None else sum_rows_like(-sink_weight(p, lse) * delta, p.sinks)
+
+
+def row_delta(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, out_lo: Tensor, lse: Tensor) -> Tensor:
+    """delta = dO.O - dL in the accumulation dtype, O from both its halves."""
+    acc = p.acc_dtype
+    delta = row_dot(None if do is None else do.to(acc), exact_out(out, out_lo, acc), lse)
+    return delta if dlse is None else delta - dlse
+
+
+def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
+    """Gradients of q, k, v, the chain's parameters and the sinks."""
+    w = _wide(p)
+    do = None if do is None else do.to(p.acc_dtype)
+    delta = row_delta(p, do, dlse, out, out_lo, lse)
+    dq, dk, dv, dparams = _key_totals(p)
+    wanted = dparams if p.param_grads else None
+    lse_safe = safe_lse(lse)
+    for chunk in _chunks(p):
+        k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
+        stats = _Rows(*(None if x is None else q_part(x, chunk) for x in (w.q, do, lse_safe, delta)))
+        q_part(dq, chunk).copy_(_backward_rows(p, chunk, stats, k, v, dk, dv, wanted))
+    return _rounded(p, dq, dk, dv, dparams, sink_gradient(p, lse, delta))
+
+
+def _backward_rows(p: Problem, chunk: Region, r: _Rows, k_all, v_all, dk, dv, dparams) -> Tensor:
+    """dq of a chunk of rows; adds its shares to dk, dv and the parameters' gradients."""
+    q = r.q * p.scale
+    dq = torch.zeros_like(q)
+    done, n_kv = 0, k_all.shape[1]
+    for part in _parts(p, chunk):
+        n = part.region.n_keys
+        k, v = k_all.narrow(2, done, n), v_all.narrow(2, done, n)
+        done += n
+        s, before = apply_chain(p, dot_keys(q, k), part.tile)
+        weights = torch.exp(_hide(s, part.hidden) - r.lse[..., None])
+        z = _keep(p, part.tile)
+        if r.do is not None:
+            add_keys(p, dv, part.region, dot_columns(_times(weights, z), r.do, n_kv))
+            g = weights * (_times(dot_keys(r.do, v), z) - r.delta[..., None])
+        else:
+            g = weights * -r.delta[..., None]
+        g = chain_backward(p, g, before, part.tile, dparams)
+        dq += dot_rows(g, k)
+        add_keys(p, dk, part.region, dot_columns(g, q, n_kv))
+    return dq.mul_(p.scale)
+
+
+def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tensor) -> tuple[Tensor, Tensor]:
+    """Tangents of (out, lse): one pass, from the known out and lse."""
+    require_second_order(p)
+    w, wt = _wide(p), _wide_tangents(p, t)
+    o = exact_out(out, out_lo, p.acc_dtype)
+    tout = empty_like_layout(p.q, tuple(out.shape), p.acc_dtype).zero_()
+    tlse = torch.zeros_like(lse)
+    if p.sinks is not None and t.sinks is not None:
+        tlse += sink_weight(p, lse) * t.sinks.to(lse.dtype)[:, :, None]
+    lse_safe = safe_lse(lse)
+    for chunk in _chunks(p):
+        kv = tuple(None if x is None else k_part(p, x, chunk) for x in (w.k, w.v, wt.k, wt.v))
+        tq = None if wt.q is None else q_part(wt.q, chunk)
+        acc, mu = _jvp_rows(p, chunk, q_part(w.q, chunk), tq, q_part(lse_safe, chunk), kv, t)
+        q_part(tlse, chunk).add_(mu)
+        q_part(tout, chunk).copy_(acc)
+    tout -= tlse[..., None] * o
+    return tout.to(out.dtype), tlse
+
+
+def _wide_tangents(p: Problem, t: Tangents) -> Tangents:
+    return t._replace(**{name: None if x is None else x.to(p.acc_dtype) for name, x in zip("qkv", t[:3], strict=True)})
+
+
+def _score_tangent(q, tq, k, tk) -> Tensor | None:
+    """scale (Q. K' + Q K.') with the scale already in q and tq."""
+    ds = None if tq is None else dot_keys(tq, k)
+    if tk is not None:
+        ds = dot_keys(q, tk) if ds is None else ds + dot_keys(q, tk)
+    return ds
+
+
+def _narrow(x: Tensor | None, start: int, n: int) -> Tensor | None:
+    return None if x is None else x.narrow(2, start, n)
+
+
+def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv, t: Tangents) -> tuple[Tensor, Tensor]:
+    """sum (Z P A.) V + (Z P) V. and sum P A. over the keys of a chunk of rows."""
+    q = q * p.scale
+    tq = None if tq is None else tq * p.scale
+    acc = q.new_zeros(*q.shape[:3], p.v_dim)
+    mu = torch.zeros_like(lse)
+    done = 0
+    for part in _parts(p, chunk):
+        n = part.region.n_keys
+        k, v, tk, tv = (_narrow(x, done, n) for x in kv)
+        done += n
+        s, before = apply_chain(p, dot_keys(q, k), part.tile)
+        ds = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)[-1]
+        weights = torch.exp(_hide(s, part.hidden) - lse[..., None])
+        z = _keep(p, part.tile)
+        if ds is not None:
+            change = weights * ds
+            mu += change.sum(-1)
+            acc += dot_rows(_times(change, z), v)
+        if tv is not None:
+            acc += dot_rows(_times(weights, z), tv)
+    return acc, mu
+
+
+class _TangentRows(NamedTuple):
+    """Row-wise tensors of a chunk of rows of the backward's tangent."""
+
+    q: Tensor
+    tq: Tensor | None
+    do: Tensor | None
+    tdo: Tensor | None
+    lse: Tensor
+    tlse: Tensor
+    delta: Tensor
+    tdelta: Tensor
+
+
+def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse) -> Grads:
+    """Tangents of `backward`'s results along t and the tangents of its cotangents; tout, tlse are those of (out, lse)."""
+    require_second_order(p)
+    acc = p.acc_dtype
+    w, wt = _wide(p), _wide_tangents(p, t)
+    do, tdo = (None if x is None else x.to(acc) for x in (do, tdo))
+    delta = row_delta(p, do, dlse, out, out_lo, lse)
+    tdelta = row_dot(do, None if tout is None else tout.to(acc), lse)
+    tdelta = tdelta + row_dot(tdo, exact_out(out, out_lo, acc), lse)
+    if tdlse is not None:
+        tdelta = tdelta - tdlse
+    tlse = torch.zeros_like(lse) if tlse is None else tlse
+    dq, dk, dv, dparams = _key_totals(p)
+    wanted = dparams if p.param_grads else None
+    lse_safe = safe_lse(lse)
+    for chunk in _chunks(p):
+        kv = tuple(None if x is None else k_part(p, x, chunk) for x in (w.k, w.v, wt.k, wt.v))
+        row_tensors = (w.q, wt.q, do, tdo, lse_safe, tlse, delta, tdelta)
+        stats = _TangentRows(*(None if x is None else q_part(x, chunk) for x in row_tensors))
+        q_part(dq, chunk).copy_(_backward_jvp_rows(p, chunk, stats, kv, dk, dv, wanted, t))
+    dsinks = None
+    if p.sinks is not None:
+        direction = -tlse if t.sinks is None else t.sinks.to(lse.dtype)[:, :, None] - tlse
+        dsinks = sum_rows_like(-sink_weight(p, lse) * (direction * delta + tdelta), p.sinks)
+    return _rounded(p, dq, dk, dv, dparams, dsinks)
+
+
+def _backward_jvp_rows(p: Problem, chunk: Region, r: _TangentRows, kv, dk, dv, dparams, t) -> Tensor:
+    """The tangent of dq of a chunk of rows; adds the tangents of its shares of dk, dv and the parameters' gradients."""
+    q = r.q * p.scale
+    tq = None if r.tq is None else r.tq * p.scale
+    dq = torch.zeros_like(q)
+    done, n_kv = 0, kv[0].shape[1]
+    for part in _parts(p, chunk):
+        n = part.region.n_keys
+        k, v, tk, tv = (_narrow(x, done, n) for x in kv)
+        done += n
+        s, before = apply_chain(p, dot_keys(q, k), part.tile)
+        tangents = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)
+        weights = torch.exp(_hide(s, part.hidden) - r.lse[..., None])
+        z = _keep(p, part.tile)
+        u = -r.tlse[..., None] if tangents[-1] is None else tangents[-1] - r.tlse[..., None]  # dP = P u
+        centred = -r.delta[..., None] if r.do is None else _times(dot_keys(r.do, v), z) - r.delta[..., None]
+        change = torch.zeros_like(s)
+        if r.do is not None and tv is not None:
+            change += dot_keys(r.do, tv)
+        if r.tdo is not None:
+            change += dot_keys(r.tdo, v)
+        g = weights * centred
+        dg = weights * (u * centred + _times(change, z) - r.tdelta[..., None])
+        if r.do is not None:
+            add_keys(p, dv, part.region, dot_columns(_times(weights * u, z), r.do, n_kv))
+        if r.tdo is not None:
+            add_keys(p, dv, part.region, dot_columns(_times(weights, z), r.tdo, n_kv))
+        g, dg = chain_backward_tangent(p, g, dg, before, tangents, part.tile, dparams)
+        dq += dot_rows(dg, k)
+        add_keys(p, dk, part.region, dot_columns(dg, q, n_kv))
+        if tk is not None:
+            dq += dot_rows(g, tk)
+        if tq is not None:
+            add_keys(p, dk, part.region, dot_columns(g, tq, n_kv))
+    return dq.mul_(p.scale)

@@ -1,0 +1,187 @@
+"""Regions through torch's own fused CPU kernel, where it computes the same thing.
+
+It takes no dropout, no nonlinear score and no gradient into its mask; what it takes, it takes at twice the speed of tiles
+of torch operations. Additive scores travel as its float mask, sinks are applied to its result (a sink only rescales a
+row), and half precision runs in float32 wherever the low half of O is wanted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..problem import LOW, Grads, Problem, empty_like_layout
+from ..scores import Additive
+from . import blocked
+from .operands import add_keys, exact_out, k_part, q_part
+from .regions import CAUSAL, Band, Region, regions
+from .tile import Tile
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+BIAS = 1 << 22  # elements of an additive term that are made at once
+LONG = 1024  # keys from which large blocks beat a close fit
+CALL = 1 << 17  # score elements below which a call is not worth cutting further
+
+
+def refuses(p: Problem, *, backward: bool = False, dlse: bool = False) -> str | None:
+    """Why torch's kernel does not compute this call, or None where it does."""
+    if p.q.device.type != "cpu":
+        return f"torch's fused CPU kernel does not run on {p.q.device.type}"
+    if p.dropout_p > 0.0:
+        return "torch's fused CPU kernel has no dropout"
+    for score in p.scores:
+        if not isinstance(score, Additive):
+            return f"torch's fused CPU kernel has no {score.name}"
+        if backward and p.param_grads and score.params:
+            return f"torch's fused CPU kernel gives no gradient to {score.name}"
+    if dlse:
+        return "torch's fused CPU kernel takes no gradient of lse"
+    if p.q.shape[3] == 0 or p.v_dim == 0:
+        return "torch's fused CPU kernel needs a head_dim of at least 1"
+    return None
+
+
+def _operand(x: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """x as the kernel wants it: one head_dim for all, the last dimension dense."""
+    x = x.to(dtype)
+    if x.shape[3] < dim:
+        return F.pad(x, (0, dim - x.shape[3]))
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _chunks(p: Problem) -> list[Region]:
+    """Every region, its rows cut where a band would waste work or an additive term would take much memory."""
+    parts = []
+    for region in regions(p):
+        step = _band_rows(region) if isinstance(region.hiding, Band) else region.n_rows
+        if p.scores:
+            step = min(step, max(16, BIAS // (region.n_heads * region.n_keys)))
+        if step >= region.n_rows:
+            parts.append(region)
+            continue
+        cuts = (region.cut(row, min(row + step, region.n_rows)) for row in range(0, region.n_rows, step))
+        parts.extend(cut for cut in cuts if cut is not None)
+    return parts
+
+
+def _band_rows(region: Region) -> int:
+    """Rows per call of a banded region: few keep the work close to the band, many keep the kernel's blocks large."""
+    if region.hiding == CAUSAL and region.n_keys > LONG:
+        return region.n_rows  # the kernel skips what lies above the diagonal, in large blocks
+    step = 64
+    while step * region.n_heads * min(region.n_keys, 512) < CALL:
+        step *= 2
+    return step if region.hiding.start_step or region.n_keys <= LONG else max(step, 256)
+
+
+def _float_mask(p: Problem, region: Region) -> Tensor | None:
+    """What the kernel adds to the scores: the additive terms, and -inf where a mask hides."""
+    total = None
+    if p.scores:
+        tile = Tile(p, region.b, region.h, region.rows, region.keys)
+        for score in p.scores:
+            assert isinstance(score, Additive)
+            term = score.term(tile)
+            total = term if total is None else total + term
+    if region.hiding is None or region.hiding == CAUSAL:  # the kernel hides what lies above the diagonal
+        return total
+    visible = region.visible(slice(0, region.n_rows), slice(0, region.n_keys))
+    if visible is None:
+        return total
+    if total is None:
+        return torch.where(visible, p.q.new_zeros((), dtype=p.acc_dtype), -torch.inf)
+    return torch.where(visible, total, -torch.inf)
+
+
+def _covers_all(p: Problem, found: list[Region]) -> bool:
+    if len(found) != 1:
+        return False
+    region = found[0]
+    return (
+        region.b.stop - region.b.start == p.n_b
+        and region.h.stop - region.h.start == p.n_h
+        and region.n_rows == p.n_q
+        and isinstance(region.keys, slice)
+        and region.n_keys == p.n_k
+    )
+
+
+def _region_forward(p: Problem, region: Region, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    mask = _float_mask(p, region)
+    out, lse = _forward(
+        q_part(q, region), k_part(p, k, region), k_part(p, v, region), 0.0, region.hiding == CAUSAL,
+        attn_mask=mask, scale=p.scale,
+    )  # fmt: skip
+    if mask is not None and (p.scores or isinstance(region.hiding, Tensor)):  # the kernel says 0 for the lse of a row that sees nothing
+        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+    return out, lse
+
+
+def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, out_lo): see `fastattn.backends`."""
+    wide = p.q.dtype in LOW and (train or p.sinks is not None)
+    dtype = torch.float32 if wide else p.q.dtype
+    dim = max(p.q.shape[3], p.v_dim)
+    q, k, v = (_operand(x, dtype, dim) for x in (p.q, p.k, p.v))
+    shape = (p.n_b, p.n_h, p.n_q, p.v_dim)
+    found = _chunks(p)
+    out = empty_like_layout(p.q, shape, dtype)
+    if _covers_all(p, found):
+        o, row_lse = _region_forward(p, found[0], q, k, v)
+        lse = row_lse.contiguous()
+        out = o if o.shape == shape and o.stride() == out.stride() else out.copy_(o[..., : p.v_dim])
+    else:
+        out.zero_()
+        lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype)
+        for region in found:
+            o, row_lse = _region_forward(p, region, q, k, v)
+            q_part(out, region).copy_(o[..., : p.v_dim])
+            q_part(lse, region).copy_(row_lse)
+    if p.sinks is not None:
+        with_sink = torch.logaddexp(lse, p.sinks.to(lse.dtype)[:, :, None])
+        out = out.mul_(torch.exp(lse - with_sink).nan_to_num_(0.0)[..., None])
+        lse = with_sink
+    if wide:
+        return blocked.split_out(p, out, lse, train)
+    return out, lse, p.q.new_empty(0)
+
+
+def backward(p: Problem, do: Tensor, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
+    """Gradients of q, k, v and the sinks."""
+    acc = p.acc_dtype
+    dim = max(p.q.shape[3], p.v_dim)
+    q, k, v, do_wide, o = (_operand(x, acc, dim) for x in (p.q, p.k, p.v, do, exact_out(out, out_lo, acc)))
+    row_lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    found = _chunks(p)
+    if _covers_all(p, found):
+        dq, dk, dv = _region_backward(p, found[0], q, k, v, do_wide, o, row_lse)
+    else:
+        dq, dk, dv = (empty_like_layout(x, (*x.shape[:3], dim), acc).zero_() for x in (p.q, p.k, p.v))
+        for region in found:
+            dq_part, dk_part, dv_part = _region_backward(p, region, q, k, v, do_wide, o, row_lse)
+            q_part(dq, region).copy_(dq_part)
+            add_keys(p, dk, region, dk_part)
+            add_keys(p, dv, region, dv_part)
+    dsinks = None
+    if p.sinks is not None:
+        dsinks = blocked.sink_gradient(p, lse, blocked.row_delta(p, do, None, out, out_lo, lse))
+    return Grads(*(_finish(g, x) for g, x in ((dq, p.q), (dk, p.k), (dv, p.v))), [], dsinks)
+
+
+def _region_backward(p: Problem, region: Region, q, k, v, do, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(
+        q_part(do, region), q_part(q, region), k_part(p, k, region), k_part(p, v, region),
+        q_part(out, region), q_part(lse, region), 0.0, region.hiding == CAUSAL,
+        attn_mask=_float_mask(p, region), scale=p.scale,
+    )  # fmt: skip
+
+
+def _finish(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x in x's dtype, shape and layout."""
+    target = empty_like_layout(x, tuple(x.shape))
+    if grad.dtype == x.dtype and grad.shape == x.shape and grad.stride() == target.stride():
+        return grad
+    return target.copy_(grad[..., : x.shape[3]])

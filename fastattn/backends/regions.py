@@ -1,0 +1,317 @@
+"""From row spans to regions: rectangles of work that together hold every visible (row, key) pair once per row.
+
+A region says which rows look at which keys and what hides a key inside it: nothing, a band along a diagonal, or a bool
+tile. Rows that see nothing are in no region. Every row of a (batch, head) is in at most one region, so a region's softmax
+is the row's softmax and nothing has to be merged.
+
+Runs of rows are found by their steps: over a run each span's start moves by a constant 0 or 1 a row and so does its stop.
+Still start and stop: a rectangle. Still start, moving stop: a causal triangle. Both moving: a window.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks import CustomPredicate, DensePredicate, LoweredMask
+from ..problem import Problem
+from .tile import Index, Tile, select, size_of
+
+ROWS = 128  # rows of a masked tile
+ALIGN = 16  # keys of a band's tile are a multiple of this where the region reaches far enough: matrix kernels like it
+SMALL = 32  # runs shorter than this are gathered into one masked tile
+GATHER = 1 << 18  # score elements from which a key padding mask is worth a call per batch entry
+
+
+class Band(NamedTuple):
+    """Row i of a region sees its keys start + i * start_step up to stop + i * stop_step, counted within the region."""
+
+    start: int
+    stop: int
+    start_step: int
+    stop_step: int
+
+
+CAUSAL = Band(0, 1, 0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """rows x keys of the batch entries b and heads h, and what hides keys inside: nothing, a band, or a bool tile."""
+
+    b: slice
+    h: slice
+    rows: slice
+    keys: Index
+    hiding: Band | Tensor | None = None  # a tensor is bool (B|1, H|1, rows|1, keys), True = visible
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
+    def n_keys(self) -> int:
+        return size_of(self.keys)
+
+    @property
+    def n_heads(self) -> int:
+        """Pairs of batch entry and head."""
+        return (self.b.stop - self.b.start) * (self.h.stop - self.h.start)
+
+    def visible(self, rows: slice, keys: slice) -> Tensor | None:
+        """The visible pairs of a part, given relative to the region; None where nothing is hidden."""
+        if self.hiding is None:
+            return None
+        if isinstance(self.hiding, Tensor):
+            return select(select(self.hiding, 2, rows), 3, keys)
+        start, stop, start_step, stop_step = self.hiding
+        start += rows.start * start_step - keys.start
+        stop += rows.start * stop_step - keys.start
+        n_rows, n_keys = size_of(rows), size_of(keys)
+        if start + (n_rows - 1) * start_step <= 0 and stop >= n_keys:
+            return None
+        return band_tile(n_rows, n_keys, max(start, -n_rows), min(stop, n_keys), start_step, stop_step)
+
+    def cut(self, first: int, last: int) -> Region | None:
+        """Rows first to last of the region, without the keys that a band hides from all of them; None if that is all."""
+        rows = slice(self.rows.start + first, self.rows.start + last)
+        if not isinstance(self.hiding, Band):
+            hiding = self.hiding if self.hiding is None else select(self.hiding, 2, slice(first, last))
+            return Region(self.b, self.h, rows, self.keys, hiding)
+        assert isinstance(self.keys, slice)
+        start, stop, start_step, stop_step = self.hiding
+        low = max(0, start + first * start_step)
+        high = min(self.n_keys, stop + (last - 1) * stop_step)
+        if high <= low:
+            return None
+        low = max(0, high - (high - low + ALIGN - 1) // ALIGN * ALIGN)
+        band = Band(start + first * start_step - low, stop + first * stop_step - low, start_step, stop_step)
+        hides = band.start + (last - first - 1) * start_step > 0 or band.stop < high - low
+        keys = slice(self.keys.start + low, self.keys.start + high)
+        return Region(self.b, self.h, rows, keys, band if hides else None)
+
+
+@functools.lru_cache(maxsize=32)
+def band_tile(n_rows: int, n_keys: int, start: int, stop: int, start_step: int, stop_step: int) -> Tensor:
+    """(1, 1, n_rows, n_keys) bool: key j is visible to row i iff start + i * start_step <= j < stop + i * stop_step."""
+    row, key = torch.arange(n_rows)[:, None], torch.arange(n_keys)
+    return ((key >= start + row * start_step) & (key < stop + row * stop_step))[None, None]
+
+
+Piece = tuple[slice, Index, Band | Tensor | None]  # rows, keys, hiding
+
+
+def _band_pieces(first: int, last: int, start: int, stop: int, start_step: int, stop_step: int) -> Iterator[Piece]:
+    """Rows [first, last) whose span [start, stop) moves by the given steps."""
+    n = last - first
+    if (start_step, stop_step) == (0, 0):
+        if stop > start:
+            yield slice(first, last), slice(start, stop), None
+        return
+    if (start_step, stop_step) == (0, 1) and stop == start:  # the first row sees nothing
+        first, stop, n = first + 1, stop + 1, n - 1
+    if (start_step, stop_step) == (1, 0):  # the last rows see nothing
+        n = min(n, stop - start)
+    high = stop + (n - 1) * stop_step
+    if n > 0 and high > start:
+        yield slice(first, first + n), slice(start, high), Band(0, stop - start, start_step, stop_step)
+
+
+def _mixed_piece(first: int, last: int, start: Tensor, stop: Tensor) -> Iterator[Piece]:
+    """Rows [first, last) of any spans (R, n): one masked tile over the keys that one of them sees."""
+    start, stop = start[:, first:last, None], stop[:, first:last, None]
+    some = stop > start
+    if not bool(some.any()):
+        return
+    low, high = int(start[some].min()), int(stop[some].max())
+    key = torch.arange(low, high, device=start.device)
+    mask = ((key >= start) & (key < stop)).any(0)
+    yield from _tight(slice(first, last), slice(low, high), mask[None, None])
+
+
+def _tight(rows: slice, keys: Index, mask: Tensor) -> Iterator[Piece]:
+    """A masked piece without the keys that none of its rows sees (they may hold anything, NaN included)."""
+    seen = mask.flatten(0, 2).any(0)
+    n_seen = int(seen.sum())
+    if n_seen == 0:
+        return
+    if n_seen < mask.shape[3]:
+        index = seen.nonzero().squeeze(1)
+        first, last = int(index[0]), int(index[-1]) + 1
+        mask = mask[..., first:last] if last - first == n_seen else mask.index_select(3, index)
+        if isinstance(keys, slice):
+            keys = slice(keys.start + first, keys.start + last) if last - first == n_seen else index + keys.start
+        else:
+            keys = keys.index_select(0, index)
+    if bool(mask.all()):
+        yield rows, keys, None
+    else:
+        yield rows, keys, mask
+
+
+def _run_ends(start: Tensor, stop: Tensor) -> list[tuple[int, int, int, int]]:
+    """Maximal runs (first, last, start_step, stop_step) of rows of one span (n,); steps -1 for a row of its own."""
+    n = start.shape[0]
+    start_step, stop_step = start.diff(), stop.diff()
+    regular = (start_step >= 0) & (start_step <= 1) & (stop_step >= 0) & (stop_step <= 1)
+    code = torch.where(regular, 2 * start_step + stop_step, -1)
+    change = (code[1:] != code[:-1]).nonzero().squeeze(1) + 1
+    edges = [0, *change.tolist(), n - 1]
+    codes = code[torch.tensor(edges[:-1])].tolist() if n > 1 else []
+    runs, row = [], 0
+    for step, last in zip(codes, edges[1:], strict=True):  # steps [first, last) of code `step` join rows first .. last
+        if step >= 0 and last > row:
+            runs.append((row, last + 1, step // 2, step % 2))
+            row = last + 1
+        elif step < 0:
+            while row < last:
+                runs.append((row, row + 1, 0, 0))
+                row += 1
+    if row < n:
+        runs.append((row, n, 0, 0))
+    return runs
+
+
+def _pieces(start: Tensor, stop: Tensor) -> list[Piece]:
+    """The pieces of one (batch, head): start, stop (R, n_q) on the CPU, disjoint, clamped."""
+    n = start.shape[1]
+    if start.shape[0] > 1:
+        if n > 1 and not bool((start.diff().any() | stop.diff().any())):
+            return list(_mixed_piece(0, n, start, stop))
+        return [piece for row in range(0, n, ROWS) for piece in _mixed_piece(row, min(row + ROWS, n), start, stop)]
+    a, b = start[0], stop[0]
+    pieces: list[Piece] = []
+    runs = _run_ends(a, b)
+    firsts = torch.tensor([run[0] for run in runs])
+    a0, b0 = a[firsts].tolist(), b[firsts].tolist()
+    pending = -1  # first row of a group of short runs
+    for (first, last, start_step, stop_step), lo, hi in zip(runs, a0, b0, strict=True):
+        short = last - first < SMALL and n >= SMALL
+        if pending >= 0 and (not short or last - pending > ROWS):
+            pieces.extend(_mixed_piece(pending, first, start, stop))
+            pending = -1
+        if not short:
+            pieces.extend(_band_pieces(first, last, lo, hi, start_step, stop_step))
+        elif pending < 0:
+            pending = first
+    if pending >= 0:
+        pieces.extend(_mixed_piece(pending, n, start, stop))
+    return pieces
+
+
+@functools.lru_cache(maxsize=32)
+def _affine_pieces(spans: tuple, n_q: int, n_k: int) -> list[Piece]:
+    """The pieces of affine spans with integer constants, kept: models call with the same few again and again."""
+    return _pieces(*(x[0, 0] for x in LoweredMask(n_q, n_k, spans, None, ()).rows_tensors("cpu")))
+
+
+def _is_static(mask: LoweredMask) -> bool:
+    return mask.spans is not None and not any(isinstance(bound.const, Tensor) for span in mask.spans for bound in span)
+
+
+def _span_pieces(p: Problem) -> Iterator[tuple[slice, slice, list[Piece]]]:
+    """(batch entries, heads, pieces): neighbours with equal spans share their pieces."""
+    everything = slice(0, p.n_b), slice(0, p.n_h)
+    if _is_static(p.mask):
+        yield (*everything, _affine_pieces(p.mask.spans, p.n_q, p.n_k))
+        return
+    start, stop = (x.cpu() for x in p.mask.rows_tensors(p.q.device))
+    for b in _equal_runs(start, stop, 0, p.n_b):
+        start_b, stop_b = start[b.start : b.start + 1], stop[b.start : b.start + 1]
+        for h in _equal_runs(start_b, stop_b, 1, p.n_h):
+            for heads in _whole_groups(h, p.n_h // p.n_kv):
+                yield b, heads, _pieces(start_b[0, h.start % start.shape[1]], stop_b[0, h.start % start.shape[1]])
+
+
+def _equal_runs(start: Tensor, stop: Tensor, dim: int, n: int) -> Iterator[slice]:
+    """Maximal runs of equal slices along `dim`; one run of n where the dimension is broadcast."""
+    if start.shape[dim] == 1:
+        yield slice(0, n)
+        return
+    first = 0
+    for i in range(1, n + 1):
+        same = i < n and all(torch.equal(x.select(dim, i), x.select(dim, first)) for x in (start, stop))
+        if not same:
+            yield slice(first, i)
+            first = i
+
+
+def _whole_groups(h: slice, group: int) -> Iterator[slice]:
+    """Heads cut so that each part covers whole key heads or a single query head."""
+    if h.start % group == 0 and h.stop % group == 0:
+        yield h
+    else:
+        yield from (slice(i, i + 1) for i in range(h.start, h.stop))
+
+
+def regions(p: Problem) -> list[Region]:
+    """Every region of the call."""
+    if p.n_b * p.n_h * p.n_q * p.n_k == 0:
+        return []
+    found = []
+    for b, h, pieces in _span_pieces(p):
+        for piece in pieces:
+            region = Region(b, h, *_on(piece, p.q.device))
+            found.extend(_refine(p, region) if p.mask.predicates else [region])
+    return found
+
+
+def _on(piece: Piece, device: torch.device) -> Piece:
+    if device.type == "cpu":
+        return piece
+    rows, keys, hiding = (x.to(device) if isinstance(x, Tensor) else x for x in piece)
+    return rows, keys, hiding
+
+
+def _predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:
+    """Where the predicates let `rows` of the region see its keys: bool (B|1, H|1, rows|1, keys)."""
+    tile = Tile(p, region.b, region.h, rows, region.keys)
+    visible = None
+    for predicate in p.mask.predicates:
+        if isinstance(predicate, DensePredicate):
+            part = select(select(tile.heads(predicate.tensor), 2, rows), 3, region.keys)
+        else:
+            assert isinstance(predicate, CustomPredicate)
+            part = predicate.fn(tile.b, tile.h, tile.q, tile.k)
+        visible = part if visible is None else visible & part
+    assert visible is not None
+    if visible.shape[3] == 1:
+        visible = visible.expand(*visible.shape[:3], region.n_keys)
+    return visible
+
+
+def _by_columns_only(p: Problem) -> bool:
+    """Whether every predicate hides whole keys of a batch entry: key padding written as a dense mask."""
+    return all(isinstance(x, DensePredicate) and x.tensor.shape[1:3] == (1, 1) for x in p.mask.predicates)
+
+
+def _refine(p: Problem, region: Region) -> Iterator[Region]:
+    """The region under the mask's predicates, without the keys that they hide from all of its rows."""
+    if _by_columns_only(p) and region.hiding is None:
+        visible = _predicate_tile(p, region, region.rows)
+        if visible.shape[0] > 1 and region.n_rows * region.n_keys * size_of(region.h) >= GATHER:
+            for b in range(region.b.start, region.b.stop):
+                part = replace(region, b=slice(b, b + 1))
+                yield from _pieces_of(part, region.rows, visible[b - region.b.start][None])
+        else:
+            yield from _pieces_of(region, region.rows, visible)
+        return
+    n_keys = region.n_keys
+    for first in range(0, region.n_rows, ROWS):
+        part = slice(first, min(first + ROWS, region.n_rows))
+        rows = slice(region.rows.start + part.start, region.rows.start + part.stop)
+        visible = _predicate_tile(p, region, rows)
+        own = region.visible(part, slice(0, n_keys))
+        if own is not None:
+            visible = visible & own.to(visible.device)
+        yield from _pieces_of(region, rows, visible)
+
+
+def _pieces_of(region: Region, rows: slice, visible: Tensor) -> Iterator[Region]:
+    for piece in _tight(rows, region.keys, visible):
+        yield Region(region.b, region.h, *piece)

@@ -1,0 +1,36 @@
+"""The tiled backend: O(L) memory on the CPU and on any device torch has, empty tiles skipped.
+
+Each verb takes torch's fused CPU kernel region by region where that computes the same thing, and tiles of torch
+operations otherwise. Both give the same function.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..problem import Grads, Problem
+from . import blocked, fused
+from .blocked import backward_jvp, forward_jvp
+
+__all__ = ["backward", "backward_jvp", "forward", "forward_jvp", "kernel", "supports"]
+
+
+def supports(p: Problem) -> str | None:
+    """Why this backend cannot run the call, or None: it runs every call."""
+    return None
+
+
+def kernel(p: Problem) -> tuple[str, str | None]:
+    """(the forward kernel that runs, why not the fused one or None)."""
+    reason = fused.refuses(p)
+    return ("torch's fused CPU kernel, region by region", None) if reason is None else ("tiles of torch operations", reason)
+
+
+def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return blocked.forward(p, train) if fused.refuses(p) else fused.forward(p, train)
+
+
+def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
+    if do is None or fused.refuses(p, backward=True, dlse=dlse is not None):
+        return blocked.backward(p, do, dlse, out, lse, out_lo)
+    return fused.backward(p, do, out, lse, out_lo)

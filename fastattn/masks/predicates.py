@@ -1,0 +1,130 @@
+"""Conditions on top of the spans, and the names by which a custom function travels through an operator.
+
+A predicate is a bool per (batch, head, query, key). Operators carry strings and tensors, so a custom function is named
+`module:qualname#hash8` (the hash is of its source), and `resolve` imports it back.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DensePredicate(NamedTuple):
+    """True where visible."""
+
+    tensor: Tensor  # bool (B|1, H|1, Lq|1, Lk|1)
+
+
+class CustomPredicate(NamedTuple):
+    """`fn(b, h, q_idx, k_idx) -> bool` on broadcastable int64 coordinate tensors, and the same for Triton if given."""
+
+    fn: Callable[..., Tensor]
+    triton_fn: Any | None = None
+
+    @property
+    def key(self) -> str:
+        """`module:qualname#hash8` of fn, followed by `+` and that of triton_fn where there is one."""
+        if self.triton_fn is None:
+            return function_key(self.fn)
+        return function_key(self.fn) + "+" + function_key(self.triton_fn)
+
+    @classmethod
+    def from_key(cls, key: str) -> CustomPredicate:
+        """The predicate that `key` names."""
+        fn, _, triton_fn = key.partition("+")
+        return cls(resolve(fn), resolve(triton_fn) if triton_fn else None)
+
+
+Predicate = DensePredicate | CustomPredicate
+
+
+@torch.compiler.assume_constant_result
+def function_key(fn: Any) -> str:
+    """`module:qualname#hash8` of an importable function (or Triton function)."""
+    return _function_key(fn)
+
+
+@functools.lru_cache(maxsize=1024)
+def _function_key(fn: Any) -> str:
+    plain = _plain(fn)
+    return f"{plain.__module__}:{plain.__qualname__}#{_source_hash(plain)}"
+
+
+def _plain(fn: Any) -> Any:
+    """The Python function inside a Triton function; a Python function itself."""
+    return fn if inspect.isfunction(fn) else getattr(fn, "fn", fn)
+
+
+def _source_hash(fn: Any) -> str:
+    try:
+        source = inspect.getsource(fn)
+    except (OSError, TypeError):
+        source = fn.__code__.co_code.hex() if hasattr(fn, "__code__") else ""
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
+
+
+@functools.lru_cache(maxsize=1024)
+def resolve(key: str) -> Any:
+    """The function that `key` names; of a key with a Triton function, the torch function.
+
+    Raises:
+        ValueError: nothing importable has this name, or its source differs from the one the key was made of.
+    """
+    key = key.partition("+")[0]
+    name, _, digest = key.partition("#")
+    module_name, _, qualname = name.partition(":")
+    found: Any = sys.modules.get(module_name)
+    try:
+        found = importlib.import_module(module_name) if found is None else found
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key!r} does not name an importable function: {error}") from error
+    if digest and digest != _source_hash(_plain(found)):
+        raise ValueError(f"the source of {name} is not the one that {key!r} was made of")
+    return found
+
+
+def check_importable(fn: Any, name: str) -> None:
+    """Refuse what cannot be found again by its name: lambdas, closures, bound methods, partials.
+
+    Raises:
+        TypeError: it is not a function at all.
+        ValueError: it cannot be imported as `module:qualname`.
+    """
+    plain = _plain(fn)
+    if not callable(plain) or not hasattr(plain, "__qualname__") or not hasattr(plain, "__module__"):
+        raise TypeError(f"{name} must be a function defined in a module, got {fn!r}")
+    found: Any = sys.modules.get(plain.__module__)
+    for part in plain.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is fn:
+        return
+    raise ValueError(
+        f"{name} must be importable by its name, as a function at the top level of a module; got "
+        f"{plain.__module__}:{plain.__qualname__}, a lambda, closure, method or shadowed function. Move it to a module's "
+        "top level; put data that it closed over into a Dense mask, Spans, or the coordinates"
+    )
+
+
+def coordinate_grids(coords: Any, n_b: int, n_h: int, n_q: int, n_k: int, device: Any) -> tuple[Tensor, ...]:
+    """int64 coordinates b, h, q, k that broadcast to (B, H, n_q, n_k); each of coords an int offset or a tensor."""
+    given = (0, 0, 0, 0) if coords is None else (coords.b, coords.h, coords.q, coords.k)
+    b, h, q, k = (
+        x.to(device, torch.int64) if isinstance(x, Tensor) else torch.arange(n, device=device) + x
+        for x, n in zip(given, (n_b, n_h, n_q, n_k))
+    )
+    b = b[:, None, None, None] if b.ndim == 1 else b[:, None, :, None]  # (B, 1, 1, 1) or (B|1, 1, n_q, 1)
+    q = (q[None] if q.ndim == 1 else q)[:, None, :, None]  # (B|1, 1, n_q, 1)
+    k = (k[None] if k.ndim == 1 else k)[:, None, None, :]  # (B|1, 1, 1, n_k)
+    h = (h[None] if h.ndim == 1 else h)[:, :, None, None]  # (B|1, H, 1, 1)
+    return b, h, q, k

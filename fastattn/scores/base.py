@@ -1,0 +1,188 @@
+"""What a score modifier is: one step s -> s' on the way from scale * q . k to the logit.
+
+    Pointwise   s -> f(s), with f' and f''
+    Additive    s -> s + t(b, h, q, k; params), linear in its parameters
+    General     s -> f(s; b, h, q, k, params) with its first derivative; no second order
+
+A modifier is one class in one file. It sees coordinates, never storage indices, and a tile of scores at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..backends.tile import Tile
+
+S = TypeVar("S", bound="Score")
+BUILT_IN: dict[str, type[Score]] = {}
+
+
+class Score:
+    """A step of the score chain.
+
+    A subclass sets in `__init__` what travels into the operators: `params` (tensors, which may require a gradient),
+    `ints`, `floats`, and `static`, a short string of options without any of `,/|=`. Nothing else of an instance reaches a
+    backend: it rebuilds the modifier with `bind`.
+    """
+
+    name: ClassVar[str] = ""
+    order: ClassVar[int] = 2  # how many derivatives there are
+    key: ClassVar[str] = ""
+    params: tuple[Tensor, ...] = ()
+    ints: tuple[int, ...] = ()
+    floats: tuple[float, ...] = ()
+    static: str = ""
+
+    def __init_subclass__(cls, built_in: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__dict__.get("name"):
+            cls.name = cls.__name__
+        if built_in is not None:
+            cls.name = cls.key = built_in
+            BUILT_IN[built_in] = cls
+        else:
+            cls.key = f"{cls.__module__}:{cls.__qualname__}"
+
+    @classmethod
+    def bind(cls: type[S], static: str, params: tuple[Tensor, ...], ints: tuple[int, ...], floats: tuple[float, ...]) -> S:
+        """The modifier with these contents, unchecked."""
+        score = object.__new__(cls)
+        score.static, score.params, score.ints, score.floats = static, params, ints, floats
+        return score
+
+    def with_params(self: S, params: tuple[Tensor, ...]) -> S:
+        """The same modifier with other parameters of the same shapes."""
+        return self.bind(self.static, params, self.ints, self.floats)
+
+    def validate(self, n_b: int, n_h: int, n_q: int, n_k: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise where the modifier does not fit a call of these sizes."""
+        require_importable(type(self))
+        for x in self.params:
+            if not x.is_floating_point():
+                raise TypeError(f"{self.name} takes floating point parameters, got {x.dtype}")
+            if x.device != device:
+                raise ValueError(f"the parameters of {self.name} must be on q's device {device}, got {x.device}")
+
+    def canonical(self: S, n_b: int, n_h: int) -> S:
+        """The modifier with parameters that have explicit leading dimensions (B|1, H|1)."""
+        return self
+
+    def __repr__(self) -> str:
+        parts = [f"<{tuple(x.shape)}>" for x in self.params] + [str(x) for x in (*self.ints, *self.floats)]
+        return f"{type(self).__name__}({', '.join(parts + ([self.static] if self.static else []))})"
+
+
+class Pointwise(Score):
+    """s -> f(s) for each element. A subclass gives `value` and `derivs`."""
+
+    def value(self, s: Tensor) -> Tensor:
+        """f(s)"""
+        raise NotImplementedError(f"{type(self).__name__} does not define value()")
+
+    def derivs(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(f(s), f'(s), f''(s))"""
+        raise NotImplementedError(f"{type(self).__name__} does not define derivs()")
+
+
+class Additive(Score):
+    """s -> s + t. A subclass with parameters keeps t linear in them; what is not linear is a General."""
+
+    def term(self, tile: Tile) -> Tensor:
+        """t on a tile: broadcastable to (B, H, rows, keys), in tile.dtype. Uses self.params."""
+        raise NotImplementedError(f"{type(self).__name__} does not define term()")
+
+    def accumulate(self, grads: list[Tensor], g: Tensor, tile: Tile) -> None:
+        """grads[i] += the gradient of sum(g * t) by params[i].
+
+        Args:
+            grads: zeros or earlier sums, shaped like params, in tile.dtype.
+            g: (B, H, rows, keys)
+        """
+        raise NotImplementedError(f"{type(self).__name__} has parameters but does not define accumulate()")
+
+
+class General(Score):
+    """s -> f(s, tile), with f' and the parameters' gradients. First order only."""
+
+    order = 1
+
+    def value(self, s: Tensor, tile: Tile) -> Tensor:
+        """f"""
+        raise NotImplementedError(f"{type(self).__name__} does not define value()")
+
+    def derivs(self, s: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """(f, df/ds)"""
+        raise NotImplementedError(f"{type(self).__name__} does not define derivs()")
+
+    def accumulate(self, grads: list[Tensor], g: Tensor, s: Tensor, tile: Tile) -> None:
+        """grads[i] += the gradient of sum(g * f(s, tile)) by params[i]."""
+        raise NotImplementedError(f"{type(self).__name__} has parameters but does not define accumulate()")
+
+
+@functools.lru_cache(maxsize=256)
+def require_importable(cls: type[Score]) -> None:
+    """Raise unless `cls` can be found again by its name: an operator carries the name, not the class.
+
+    Raises:
+        ValueError: the class was defined inside a function, or its name means something else.
+    """
+    if cls.key in BUILT_IN:
+        return
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not cls:
+        raise ValueError(
+            f"score class {cls.__module__}:{cls.__qualname__} cannot be imported by that name; define it at the top level "
+            "of a module and pass what it closed over as params, ints, floats or static"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def source_key(cls: type[Score]) -> str:
+    """`module:qualname#hash` of a user's class, so that compiled graphs do not outlive an edit of its source."""
+    if cls.key in BUILT_IN:
+        return cls.key
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        source = cls.__qualname__
+    return f"{cls.key}#{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+
+
+@functools.lru_cache(maxsize=256)
+def resolve(key: str) -> type[Score]:
+    """The class behind a key: a built-in's short name, or `module:qualname` with or without `#hash`."""
+    if key in BUILT_IN:
+        return BUILT_IN[key]
+    module, qualname = key.split("#")[0].split(":")
+    found: Any = sys.modules.get(module) or importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def leading(x: Tensor, n_b: int, n_h: int, rank: int, what: str) -> Tensor:
+    """x (..., rank own dimensions) with leading (B|1, H|1) dimensions.
+
+    Raises:
+        ValueError: the leading dimensions do not fit n_b batch entries and n_h heads.
+    """
+    extra = x.dim() - rank
+    shape = tuple(x.shape[: max(extra, 0)])
+    full = (1,) * (2 - len(shape)) + shape
+    if extra < 0 or extra > 2 or full[0] not in (1, n_b) or full[1] not in (1, n_h):
+        own = ", ..." if rank else ""
+        raise ValueError(
+            f"{what} must have leading dimensions (batch, heads) of ({n_b} or 1, {n_h} or 1{own}), got {tuple(x.shape)}"
+        )
+    return x.reshape(*full, *x.shape[max(extra, 0) :])

@@ -1,0 +1,92 @@
+"""Bias: any tensor that broadcasts to the scores, added; its gradient is summed over what was broadcast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import Additive, leading
+
+if TYPE_CHECKING:
+    from ..backends.tile import Tile
+
+
+class Bias(Additive, built_in="bias"):
+    """s -> s + bias[b, h, q, k].
+
+    Rows and keys are looked up by coordinate, batch entry and head by storage index. -inf hides a key.
+
+    Args:
+        bias: floating point, broadcastable to (B, Hq, Lq, Lk), rank 0 to 4; may require a gradient. With coordinates its
+            row and key dimensions are as long as the largest coordinate demands.
+
+    Raises:
+        TypeError, ValueError: bias is no such tensor.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            raise TypeError(f"bias must be a floating point Tensor, got {getattr(bias, 'dtype', type(bias).__name__)}")
+        if bias.dim() > 4:
+            raise ValueError(f"bias must have at most 4 dimensions (batch, heads, rows, keys), got {tuple(bias.shape)}")
+        self.params = (bias,)
+
+    def validate(self, n_b: int, n_h: int, n_q: int, n_k: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().validate(n_b, n_h, n_q, n_k, dtype, device)
+        shape = tuple(self._four().shape)
+        if shape[0] not in (1, n_b) or shape[1] not in (1, n_h) or (shape[2] != 1 and shape[2] < n_q) or (
+            shape[3] != 1 and shape[3] < n_k
+        ):
+            raise ValueError(f"bias must broadcast to {(n_b, n_h, n_q, n_k)}, got shape {tuple(self.params[0].shape)}")
+
+    def _four(self) -> Tensor:
+        bias = self.params[0]
+        return bias[(None,) * (4 - bias.dim())]
+
+    def canonical(self, n_b: int, n_h: int) -> Bias:
+        return self.with_params((leading(self._four(), n_b, n_h, 2, "bias"),))
+
+    def term(self, tile: Tile) -> Tensor:
+        part = _along(_along(tile.heads(self.params[0]), 2, tile.q_range, tile.q, tile), 3, tile.k_range, tile.k, tile)
+        return part.to(tile.dtype)
+
+    def accumulate(self, grads: list[Tensor], g: Tensor, tile: Tile) -> None:
+        target = tile.heads(grads[0])
+        dims = [d for d in range(4) if target.shape[d] == 1 and g.shape[d] != 1]
+        g = g.sum(dims, keepdim=True) if dims else g
+        add_along(target, g, tile)
+
+
+def _along(x: Tensor, dim: int, part: slice | None, index: Tensor, tile: Tile) -> Tensor:
+    """x at a tile's coordinates along its rows (dim 2) or keys (dim 3)."""
+    if x.shape[dim] == 1:
+        return x
+    if part is not None:
+        return x.narrow(dim, part.start, part.stop - part.start)
+    flat = index.reshape(index.shape[0], -1).clamp(0, x.shape[dim] - 1)  # (B|1, n)
+    if flat.shape[0] == 1:
+        return x.index_select(dim, flat[0])
+    shape = [flat.shape[0], x.shape[1], x.shape[2], x.shape[3]]
+    at = flat[:, None, :, None] if dim == 2 else flat[:, None, None, :]
+    shape[dim] = flat.shape[1]
+    return x.expand(flat.shape[0], -1, -1, -1).gather(dim, at.expand(shape))
+
+
+def add_along(target: Tensor, g: Tensor, tile: Tile) -> None:
+    """target[.., tile's rows, tile's keys] += g; both (B|1, H|1, rows|1, keys|1)."""
+    rows = slice(0, 1) if target.shape[2] == 1 else tile.q_range
+    keys = slice(0, 1) if target.shape[3] == 1 else tile.k_range
+    if rows is not None and keys is not None:
+        target[:, :, rows, keys] += g
+        return
+    n_q, n_k = target.shape[2:]
+    zero = torch.zeros((), dtype=torch.int64, device=target.device)
+    q = (zero if n_q == 1 else tile.q.clamp(0, n_q - 1)) * n_k
+    k = zero if n_k == 1 else tile.k.clamp(0, n_k - 1)
+    at = (q + k).expand(-1, 1, *g.shape[2:]).flatten(1) if (q + k).dim() else (q + k).reshape(1, 1)  # (B|1, rows * keys)
+    own = torch.zeros(target.shape, dtype=target.dtype, device=target.device).flatten(2)
+    for b in range(g.shape[0]):
+        own[b % own.shape[0]].index_add_(1, at[b % at.shape[0]], g[b].flatten(1))
+    target += own.view(target.shape)

@@ -1,0 +1,170 @@
+"""`torch.nn.functional.scaled_dot_product_attention` with its signature and its meaning, to the letter.
+
+Where torch documents an error and does not raise one (a mask together with is_causal; key and value of different lengths)
+this raises. Every rank and broadcast of torch's is brought to (B, H, L, D) without copies where views allow it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import dispatch
+from .functional import DTYPES, FULL, _autocast, _run, checked_scale
+from .masks import Causal, Dense, LoweredMask, Mask
+from .nested import is_jagged, nested_attention
+from .problem import IDENTITY, Problem
+from .scores import Bias, Score
+
+TOP_LEFT = Causal("top_left")
+BOTTOM_RIGHT = Causal("bottom_right")
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for `torch.nn.functional.scaled_dot_product_attention`.
+
+    Args:
+        query: (..., Hq, L, E), any rank from 2. key: (..., H, S, E). value: (..., H, S, Ev). Leading dimensions broadcast.
+        attn_mask: broadcastable to (..., Hq, L, S): bool (True takes part) or float (added to the scores; query's
+            dtype, or float32 with half precision; may require a gradient), or torch's CausalBias.
+        dropout_p: in [0, 1]; always applied.
+        is_causal: row i sees keys 0 .. i, also where L != S (upper left). Not together with attn_mask.
+        scale: 1 / sqrt(E) by default.
+        enable_gqa: let Hq be a multiple of key's and of value's heads.
+
+    Returns:
+        (..., Hq, L, Ev) in query's dtype. A row that sees no key gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
+    """
+    if not isinstance(attn_mask, CausalBias) and has_torch_function((query, key, value, attn_mask)):
+        if is_jagged(query, key, value, attn_mask):
+            if attn_mask is not None:
+                raise ValueError("attn_mask must be None for jagged nested tensors; is_causal is accepted")
+            return nested_attention(
+                query, key, value, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+            )
+        return handle_torch_function(
+            scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value,
+            attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None where is_causal is True; pass the mask that you mean alone")
+    query, key, value = _autocast(query, key, value)
+    q, k, v, leading = _four_dimensions(query, key, value, enable_gqa)
+    n_b, n_h, n_q, head_dim = q.shape
+    mask: Mask = TOP_LEFT if is_causal else FULL
+    chain: tuple[Score, ...] = ()
+    if isinstance(attn_mask, CausalBias):
+        mask = TOP_LEFT if attn_mask.variant == CausalVariant.UPPER_LEFT else BOTTOM_RIGHT
+    elif attn_mask is not None:
+        dense = _mask_tensor(attn_mask, q, k.shape[2], query.shape[:-2], leading)
+        if dense.dtype == torch.bool:
+            mask = Dense(dense)
+        else:
+            chain = (Bias(dense).canonical(n_b, n_h),)
+    lowered: LoweredMask = mask.lower(n_q, k.shape[2], q.device)
+    rng = torch.randint(0, 1 << 32, (1, 2), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
+    out, _ = _run(
+        Problem(
+            q, k, v, lowered, chain, None, rng, IDENTITY, checked_scale(scale, head_dim), float(dropout_p),
+            dispatch.choose(None, q.device), True,
+        )
+    )  # fmt: skip
+    return out if query.dim() == 4 and len(leading) == 1 else out.reshape(*leading, *_heads(query, n_h), *out.shape[2:])
+
+
+def _heads(query: Tensor, n_h: int) -> tuple[int, ...]:
+    return (n_h,) if query.dim() > 2 else ()
+
+
+def _four_dimensions(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool):
+    """(q, k, v, leading): (B, H, L, D) tensors, and the broadcast leading dimensions that B stands for."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        if x.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
+        if x.dtype != query.dtype or x.dtype not in DTYPES:
+            raise TypeError(
+                "query, key and value must have one dtype of float16, bfloat16, float32 and float64, got "
+                f"{query.dtype}, {key.dtype} and {value.dtype}"
+            )
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same last dimension, got {tuple(query.shape)} and {tuple(key.shape)}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"key and value must have the same length, got {tuple(key.shape)} and {tuple(value.shape)}")
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
+        if query.shape[1] == key.shape[1] == value.shape[1]:
+            return query, key, value, query.shape[:1]
+    return _broadcast(query, key, value, enable_gqa)
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool):
+    rank = max(x.dim() for x in (query, key, value))
+    if enable_gqa and min(x.dim() for x in (query, key, value)) < 3:
+        raise ValueError("enable_gqa needs a head dimension: query, key and value of at least 3 dimensions")
+    q, k, v = (x[(None,) * max(0, max(rank, 3) - x.dim())] for x in (query, key, value))
+    try:
+        leading = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        heads = q.shape[-3] if enable_gqa else torch.broadcast_shapes(*((x.shape[-3],) for x in (q, k, v)))[0]
+    except RuntimeError:
+        raise ValueError(
+            "the leading dimensions of query, key and value must broadcast"
+            + ("" if enable_gqa else " (query's heads may be a multiple of key's with enable_gqa=True)")
+            + f", got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        ) from None
+    for name, x in (("key", k), ("value", v)):
+        if enable_gqa and (x.shape[-3] == 0 or heads % x.shape[-3] != 0) and heads != x.shape[-3]:
+            raise ValueError(f"query's heads must be a multiple of {name}'s with enable_gqa, got {heads} and {x.shape[-3]}")
+    if k.shape[-3] != v.shape[-3]:
+        k, v = (x.repeat_interleave(heads // x.shape[-3], -3) if x.shape[-3] not in (0, heads) else x for x in (k, v))
+    batch = math.prod(leading)
+    q = q.expand(*leading, heads, *q.shape[-2:])
+    q, k, v = (x.expand(*leading, *x.shape[-3:]).reshape(batch, *x.shape[-3:]) for x in (q, k, v))
+    return q, k, v, tuple(leading) if rank > 3 else ()
+
+
+def _mask_tensor(attn_mask: Any, q: Tensor, n_k: int, query_leading: torch.Size, leading: tuple[int, ...]) -> Tensor:
+    """attn_mask as (B|1, H|1, L|1, S|1)."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if attn_mask.dtype not in (torch.bool, q.dtype) and not (half and attn_mask.dtype == torch.float32):
+        if not torch.is_autocast_enabled(q.device.type) or not attn_mask.is_floating_point():
+            raise TypeError(
+                f"attn_mask must be bool, query's dtype {q.dtype}{' or float32' if half else ''}, got {attn_mask.dtype}"
+            )
+    if attn_mask.device != q.device:
+        raise ValueError(f"attn_mask must be on query's device {q.device}, got {attn_mask.device}")
+    n_b, n_h, n_q, _ = q.shape
+    full = (*leading, n_h, n_q, n_k)
+    x = attn_mask
+    fits = x.dim() <= len(full) and all(m in (1, n) for m, n in zip(reversed(x.shape), reversed(full), strict=False))
+    if not fits:
+        raise ValueError(f"attn_mask must broadcast to {full}, got shape {tuple(attn_mask.shape)}")
+    x = x[(None,) * max(0, max(len(full), 4) - x.dim())]
+    if x.dim() > 4 or (x.dim() == 4 and len(leading) > 1):
+        batch = (1,) * len(leading) if all(n == 1 for n in x.shape[:-3]) else leading
+        x = x.expand(*batch, *x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])
+    return x
