@@ -16,6 +16,7 @@ if not (_Path(__file__).parent / "kernels").exists():
         "Check the repository out with git (on Windows with core.symlinks=true) or install the wheel."
     )
 
+from . import batching as _batching
 from .coords import Coordinates
 from .functional import Explanation, attention, explain, merge, varlen_attention
 from .masks import (
