@@ -59,3 +59,25 @@ def without_autocast(op: Any, *args: Any) -> Any:
     """Call an operator with autocast off, so that no product inside its kernel is silently rounded."""
     with _exclude_keys(_AUTOCAST):
         return op(*args)
+
+
+def base_apply(cls: type[torch.autograd.Function], *args: Any) -> Any:
+    """`apply` where no functorch transform is active."""
+    return super(_BASE, cls).apply(*args)
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def nothing_watches() -> bool:
+    """Whether plain tensors are all there is: no transform, mode, compiler, autocast or forward-mode level."""
+    return not (
+        torch.compiler.is_compiling()
+        or in_functorch()
+        or _any_autocast()
+        or _dispatch_modes()
+        or _function_modes()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import scores
 from .coords import Coordinates
 from .masks import Bound, CustomPredicate, DensePredicate, LoweredMask
-from .scores import Score, source_key
+from .scores import Score
 
 
 LOW = (torch.float16, torch.bfloat16)
@@ -131,7 +131,7 @@ class Problem:
         for score in self.scores:
             ints.extend(score.ints)
             floats.extend(score.floats)
-            chain.append(f"{source_key(type(score))}/{len(score.params)}/{len(score.ints)}/{len(score.floats)}/{score.static}")
+            chain.append(f"{score.spec_key()}/{len(score.params)}/{len(score.ints)}/{len(score.floats)}/{score.static}")
         spec = f"m={spans}|p={predicates}|c={coords}|s={','.join(chain)}|b={self.backend}|d={int(self.deterministic)}|g=1"
         return Packed(tensors, self.params, spec, ints, floats)
 

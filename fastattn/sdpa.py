@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import dispatch
+from . import dispatch, express
 from .functional import DTYPES, FULL, _autocast, _run, checked_scale
 from .masks import Causal, Dense, LoweredMask, Mask
 from .nested import is_jagged, nested_attention
@@ -53,6 +53,10 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
+    if attn_mask is None and dropout_p == 0.0:
+        short = express.attend(query, key, value, is_causal, scale)
+        if short is not None:
+            return short
     if not isinstance(attn_mask, CausalBias) and has_torch_function((query, key, value, attn_mask)):
         if is_jagged(query, key, value, attn_mask):
             if attn_mask is not None:

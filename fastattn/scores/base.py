@@ -65,7 +65,8 @@ class Score:
 
     def validate(self, n_b: int, n_h: int, n_q: int, n_k: int, dtype: torch.dtype, device: torch.device) -> None:
         """Raise where the modifier does not fit a call of these sizes."""
-        require_importable(type(self))
+        if type(self).key not in BUILT_IN:
+            require_importable(type(self))
         for x in self.params:
             if not x.is_floating_point():
                 raise TypeError(f"{self.name} takes floating point parameters, got {x.dtype}")
@@ -75,6 +76,11 @@ class Score:
     def canonical(self: S, n_b: int, n_h: int) -> S:
         """The modifier with parameters that have explicit leading dimensions (B|1, H|1)."""
         return self
+
+    @classmethod
+    def spec_key(cls) -> str:
+        """The name by which an operator finds the class again: a short one, or `module:qualname#hash`."""
+        return cls.key if cls.key in BUILT_IN else _source_key(cls)
 
     def __repr__(self) -> str:
         parts = [f"<{tuple(x.shape)}>" for x in self.params] + [str(x) for x in (*self.ints, *self.floats)]
@@ -128,15 +134,13 @@ class General(Score):
         raise NotImplementedError(f"{type(self).__name__} has parameters but does not define accumulate()")
 
 
-@functools.lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def require_importable(cls: type[Score]) -> None:
     """Raise unless `cls` can be found again by its name: an operator carries the name, not the class.
 
     Raises:
         ValueError: the class was defined inside a function, or its name means something else.
     """
-    if cls.key in BUILT_IN:
-        return
     found: Any = sys.modules.get(cls.__module__)
     for part in cls.__qualname__.split("."):
         found = getattr(found, part, None)
@@ -147,16 +151,19 @@ def require_importable(cls: type[Score]) -> None:
         )
 
 
-@functools.lru_cache(maxsize=256)
-def source_key(cls: type[Score]) -> str:
+@torch.compiler.assume_constant_result
+def _source_key(cls: type[Score]) -> str:
     """`module:qualname#hash` of a user's class, so that compiled graphs do not outlive an edit of its source."""
-    if cls.key in BUILT_IN:
-        return cls.key
+    return f"{cls.key}#{_source_hash(cls)}"
+
+
+@functools.lru_cache(maxsize=256)
+def _source_hash(cls: type[Score]) -> str:
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
         source = cls.__qualname__
-    return f"{cls.key}#{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 @functools.lru_cache(maxsize=256)
