@@ -65,13 +65,13 @@ class _Attend(torch.autograd.Function):
             return grads[0], grads[1], grads[2], None, None
         if do.stride(3) != 1:
             do = do.contiguous()
-        grads = _backward(do, q, k, v, out, lse, 0.0, ctx.causal, scale=ctx.scale)
-        return *(_laid_out(g, x) for g, x in zip(grads, (q, k, v), strict=True)), None, None
+        dq, dk, dv = _backward(do, q, k, v, out, lse, 0.0, ctx.causal, scale=ctx.scale)
+        if not (dq.stride() == q.stride() and dk.stride() == k.stride() and dv.stride() == v.stride()):
+            dq, dk, dv = _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v)
+        return dq, dk, dv, None, None
 
 
 def _laid_out(grad: Tensor, x: Tensor) -> Tensor:
     """grad in the layout that every gradient has."""
-    if grad.stride() == x.stride():
-        return grad
     target = empty_like_layout(x, tuple(x.shape))
     return grad if grad.stride() == target.stride() else target.copy_(grad)

@@ -157,12 +157,14 @@ def _tight(rows: slice, keys: Index, mask: Tensor) -> Iterator[Piece]:
 def _run_ends(start: Tensor, stop: Tensor) -> list[tuple[int, int, int, int]]:
     """Maximal runs (first, last, start_step, stop_step) of rows of one span (n,); steps -1 for a row of its own."""
     n = start.shape[0]
+    if n == 1:
+        return [(0, 1, 0, 0)]
     start_step, stop_step = start.diff(), stop.diff()
     regular = (start_step >= 0) & (start_step <= 1) & (stop_step >= 0) & (stop_step <= 1)
     code = torch.where(regular, 2 * start_step + stop_step, -1)
     change = (code[1:] != code[:-1]).nonzero().squeeze(1) + 1
     edges = [0, *change.tolist(), n - 1]
-    codes = code[torch.tensor(edges[:-1])].tolist() if n > 1 else []
+    codes = code[torch.tensor(edges[:-1])].tolist()
     runs, row = [], 0
     for step, last in zip(codes, edges[1:], strict=True):  # steps [first, last) of code `step` join rows first .. last
         if step >= 0 and last > row:
