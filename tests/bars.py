@@ -32,5 +32,5 @@ def assert_within(x, exact, others, factor, what="", scale=0.0):
     bars = [errors(y, exact) for y in others] or [(0.0, 0.0)]
     bar_largest = factor * min(bar[0] for bar in bars) + unit * max(top, scale, unit)
     assert largest <= bar_largest, f"{what}: largest error {largest:.2e}, bar {bar_largest:.2e}"
-    bar_relative = factor * min(bar[1] for bar in bars) + unit
+    bar_relative = factor * min(bar[1] for bar in bars) + unit * max(top, scale, unit) / max(top, unit)
     assert relative <= bar_relative or top <= unit * scale, f"{what}: relative L2 error {relative:.2e}, bar {bar_relative:.2e}"

@@ -4,8 +4,6 @@ import torch
 
 import fastattn as fa
 
-DEAD = -1.0
-
 
 def everything_but_diagonal_stripes(b, h, q_idx, k_idx):
     return (q_idx + k_idx + h) % 3 != 0
@@ -65,7 +63,7 @@ MASKS = {
 SCORES = {
     "none": lambda b, h, q, k, t: (),
     "softcap": lambda b, h, q, k, t: (fa.Softcap(2.0),),
-    "alibi": lambda b, h, q, k, t: (fa.ALiBi(leaf(b, h, dtype=t)),),
+    "alibi": lambda b, h, q, k, t: (fa.ALiBi(leaf(b, h, dtype=t, positive=True)),),
     "bias": lambda b, h, q, k, t: (fa.Bias(leaf(h, q, k, dtype=t)),),
     "key_bias": lambda b, h, q, k, t: (fa.Bias(leaf(b, 1, 1, k, dtype=t)),),
     "row_bias": lambda b, h, q, k, t: (fa.Bias(leaf(q, 1, dtype=t)),),
@@ -73,14 +71,16 @@ SCORES = {
     "chain": lambda b, h, q, k, t: (
         fa.Bias(leaf(q, k, dtype=t)),
         fa.Softcap(3.0),
-        fa.ALiBi(leaf(h, dtype=t), distance="rel"),
+        fa.ALiBi(leaf(h, dtype=t, positive=True), distance="rel"),
         fa.RelativeBias(leaf(5, dtype=t), offset=1),
     ),
 }
 
 
-def leaf(*shape, dtype):
+def leaf(*shape, dtype, positive=False):
+    """A small random tensor that wants a gradient; slopes are positive, so that logits stay small at any distance."""
     x = torch.randn(*shape, dtype=torch.float64, generator=generator(*shape)) * 0.3
+    x = x.abs() if positive else x
     return x.to(dtype).requires_grad_()
 
 

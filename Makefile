@@ -1,0 +1,58 @@
+# Each of bench, test and lint works as the only command on a fresh clone.
+#
+# The environment step uses the current Python where it has torch already (a GPU machine, say) and otherwise makes .venv.
+# There, torch==2.13.0 comes first and by itself: anything else asked for later then finds its torch in place.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+STAMP := .venv/stamp
+
+# pip needs no network where everything is importable already
+HAVE = $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+ifeq ($(HAVE),yes)
+PY := $(PYTHON)
+ENV := .venv/present
+else
+PY := .venv/bin/python
+ENV := $(STAMP)
+endif
+
+export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2
+
+.PHONY: help bench test lint clean
+
+help:
+	@echo "make bench   errors against float64 and times beside torch's attention, then a small GPT trained twice (about 3 min)"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff and mypy"
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade pip
+	.venv/bin/python -m pip install -q "$(TORCH)"
+	.venv/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib "setuptools>=77"
+	-.venv/bin/python -m pip install -q triton==3.7.1
+	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# the current Python has torch: install only what is missing, and go on without where that fails
+.venv/present: pyproject.toml
+	@mkdir -p .venv
+	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib; do \
+		$(PY) -c "import $${m%%:*}" 2>/dev/null || $(PY) -m pip install -q "$${m##*:}" || echo "going on without $${m##*:}"; \
+	done
+	@touch $@
+
+bench: $(ENV)
+	PYTHONPATH=. $(PY) -m fastattn bench
+
+test: $(ENV)
+	@if $(PY) -c "import xdist" 2>/dev/null; then n="-n $(WORKERS)"; fi; PYTHONPATH=. $(PY) -m pytest $$n -q tests
+
+lint: $(ENV)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info bench-out
