@@ -1,0 +1,157 @@
+"""Bad input raises before any work, and the message names the argument, what came and what is accepted."""
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn.backends import tiled
+
+
+def q(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape or (2, 4, 5, 8), dtype=dtype, device=device)
+
+
+def call(**kwargs):
+    arguments = dict(q=q(), k=q(2, 2, 6, 8), v=q(2, 2, 6, 8)) | kwargs
+    return fa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+class InAFunction:
+    @staticmethod
+    def make():
+        class Local(fa.Pointwise):
+            def value(self, s):
+                return s
+
+        return Local()
+
+
+BAD = {
+    "rank": (dict(q=q(4, 5, 8)), ValueError, r"q must have 4 dimensions.*got shape \(4, 5, 8\)"),
+    "not a tensor": (dict(k=[1]), TypeError, "k must be a Tensor, got list"),
+    "dtype": (dict(q=q(dtype=torch.int64)), TypeError, "q must be float16.*got torch.int64"),
+    "dtype mix": (dict(k=q(2, 2, 6, 8, dtype=torch.float64)), TypeError, "k must have q's dtype torch.float32, got torch.float64"),
+    "device mix": (dict(v=q(2, 2, 6, 8, device="meta")), ValueError, "v must be on q's device cpu, got meta"),
+    "heads": (dict(k=q(2, 3, 6, 8), v=q(2, 3, 6, 8)), ValueError, "q's heads must be a multiple of k's, got 4 and 3"),
+    "k and v": (dict(v=q(2, 2, 7, 8)), ValueError, r"k and v must have the same.*\(2, 2, 6, 8\).*\(2, 2, 7, 8\)"),
+    "head_dim": (dict(q=q(2, 4, 5, 9)), ValueError, "q and k must have the same head_dim"),
+    "batch": (dict(k=q(3, 2, 6, 8)), ValueError, "k must have q's batch size 2, got"),
+    "dropout 1": (dict(dropout_p=1.0), ValueError, r"dropout_p must be a number in \[0, 1\), got 1.0"),
+    "dropout negative": (dict(dropout_p=-0.1), ValueError, "dropout_p"),
+    "scale": (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    "scale type": (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
+    "backend": (dict(backend="cuda"), ValueError, "backend must be None or one of 'tiled', 'reference', got 'cuda'"),
+    "deterministic": (dict(deterministic=1), TypeError, "deterministic must be None, True or False, got 1"),
+    "mask dtype": (dict(mask=torch.zeros(5, 6)), TypeError, "mask must be a bool tensor.*score=Bias"),
+    "mask type": (dict(mask="causal"), TypeError, "mask must be a Mask.*got str"),
+    "mask shape": (dict(mask=torch.ones(5, 7, dtype=torch.bool)), ValueError, r"5, 7"),
+    "mask batch": (dict(mask=torch.ones(3, 1, 5, 6, dtype=torch.bool)), ValueError, "mask must have batch size 1 or 2, got 3"),
+    "mask heads": (dict(mask=torch.ones(1, 3, 5, 6, dtype=torch.bool)), ValueError, "mask must have 1 or 4 heads, got 3"),
+    "lowered mask": (dict(mask=fa.Full().lower(5, 7)), ValueError, "mask was lowered for 5 rows and 7 keys, the call has 5 and 6"),
+    "alignment": (dict(mask=fa.Causal()), ValueError, "top_left.*bottom_right"),
+    "lengths batch": (dict(mask=fa.Lengths(torch.tensor([1, 2, 3]))), ValueError, "batch size 1 or 2, got 3"),
+    "score type": (dict(score=[lambda s: s]), TypeError, "score must be a Score or a sequence of Scores, got function"),
+    "score in a function": (dict(score=InAFunction.make()), ValueError, "cannot be imported by that name; define it at the top level"),
+    "bias shape": (dict(score=fa.Bias(torch.zeros(5, 5))), ValueError, r"bias must broadcast to \(2, 4, 5, 6\), got shape \(5, 5\)"),
+    "slopes": (dict(score=fa.ALiBi(torch.zeros(3))), ValueError, r"slopes must have one entry for each of 4 heads, got shape \(3,\)"),
+    "table": (dict(score=fa.RelativeBias(torch.zeros(3, 9))), ValueError, r"table must have leading dimensions.*got \(3, 9\)"),
+    "score device": (dict(score=fa.Bias(torch.zeros(5, 6, device="meta"))), ValueError, "parameters of bias must be on q's device cpu, got meta"),
+    "sinks shape": (dict(sinks=torch.zeros(3)), ValueError, r"sinks must have shape \(4,\) or \(2, 4\), got \(3,\)"),
+    "sinks dtype": (dict(sinks=torch.zeros(4, dtype=torch.int32)), TypeError, "sinks must be floating point, got torch.int32"),
+    "coords type": (dict(coords=(0, 0, 0, 0)), TypeError, "coords must be Coordinates or None, got tuple"),
+    "coords shape": (dict(coords=fa.Coordinates(q=torch.arange(4))), ValueError, r"coords.q must be an int or have one of.*got \(4,\)"),
+    "coords dtype": (dict(coords=fa.Coordinates(k=torch.zeros(6))), TypeError, "coords.k must be an int or an int32 or int64 tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_attention(name, monkeypatch):
+    monkeypatch.setattr(tiled, "forward", lambda *a: pytest.fail("work was done"))
+    kwargs, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call(**kwargs)
+
+
+CONSTRUCTORS = {
+    "negative window": (lambda: fa.SlidingWindow(-1, 0), ValueError, "-1"),
+    "chunk": (lambda: fa.Chunked(0), ValueError, "0"),
+    "unsorted": (lambda: fa.Documents(cu_seqlens=torch.tensor([0, 5, 3])), ValueError, "cu_seqlens"),
+    "not from 0": (lambda: fa.Documents(cu_seqlens=torch.tensor([1, 5])), ValueError, "cu_seqlens"),
+    "float cu_seqlens": (lambda: fa.Documents(cu_seqlens=torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens"),
+    "ids and cu_seqlens": (lambda: fa.Documents(), ValueError, "ids and cu_seqlens"),
+    "float mask": (lambda: fa.Dense(torch.zeros(3, 3)), TypeError, "bool"),
+    "lambda": (lambda: fa.Custom(lambda b, h, q, k: q >= k), ValueError, "importable"),
+    "scattered padding": (lambda: fa.Padding(torch.tensor([[True, False, True]])), ValueError, "Dense"),
+    "union with a predicate": (lambda: fa.Dense(torch.ones(3, 3, dtype=torch.bool)) | fa.Full(), ValueError, "Dense"),
+    "cap": (lambda: fa.Softcap(0.0), ValueError, "cap must be a positive finite number, got 0.0"),
+    "distance": (lambda: fa.ALiBi(torch.zeros(2), distance="l2"), ValueError, "distance must be"),
+    "int bias": (lambda: fa.Bias(torch.zeros(2, 2, dtype=torch.int32)), TypeError, "floating point Tensor, got torch.int32"),
+    "bias rank": (lambda: fa.Bias(torch.zeros(1, 1, 1, 2, 2)), ValueError, "at most 4 dimensions"),
+    "n_heads": (lambda: fa.alibi_slopes(0), ValueError, "n_heads must be at least 1, got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constructor(name):
+    make, error, message = CONSTRUCTORS[name]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_too_long_cu_seqlens():
+    with pytest.raises(ValueError, match="cu_seqlens must not exceed n_q = 4, got 9"):
+        fa.varlen_attention(q(4, 2, 8), q(4, 2, 8), q(4, 2, 8), torch.tensor([0, 9]))
+
+
+def test_varlen_rank():
+    with pytest.raises(ValueError, match=r"k must have 3 dimensions \(total, heads, head_dim\), got \(2, 4, 5, 8\)"):
+        fa.varlen_attention(q(4, 2, 8), q(), q(4, 2, 8), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="cu_seqlens_k is needed"):
+        fa.varlen_attention(q(4, 2, 8), q(5, 2, 8), q(5, 2, 8), torch.tensor([0, 4]))
+
+
+def test_merge_shapes():
+    with pytest.raises(ValueError, match="o1 and o2 must have one shape"):
+        fa.merge(q(), q(2, 4, 5), q(2, 4, 6, 8), q(2, 4, 5))
+
+
+SDPA = {
+    "mask and causal": (dict(attn_mask=torch.ones(5, 6, dtype=torch.bool), is_causal=True), ValueError, "attn_mask must be None where is_causal"),
+    "lengths": (dict(value=q(2, 4, 7, 8)), ValueError, "key and value must have the same length"),
+    "last dimension": (dict(key=q(2, 4, 6, 9)), ValueError, "query and key must have the same last dimension"),
+    "heads": (dict(key=q(2, 2, 6, 8), value=q(2, 2, 6, 8)), ValueError, "must broadcast.*enable_gqa"),
+    "gqa heads": (dict(key=q(2, 3, 6, 8), value=q(2, 3, 6, 8), enable_gqa=True), ValueError, "multiple of key's with enable_gqa, got 4 and 3"),
+    "mask dtype": (dict(attn_mask=torch.ones(5, 6, dtype=torch.int32)), TypeError, "attn_mask must be bool, query's dtype.*got torch.int32"),
+    "mask shape": (dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), ValueError, r"attn_mask must broadcast to \(2, 4, 5, 6\), got shape \(5, 5\)"),
+    "mask device": (dict(attn_mask=torch.ones(5, 6, device="meta")), ValueError, "attn_mask must be on query's device cpu, got meta"),
+    "dtype": (dict(key=q(2, 4, 6, 8, dtype=torch.float64)), TypeError, "must have one dtype"),
+    "rank": (dict(query=q(8)), ValueError, "query must have at least 2 dimensions"),
+    "dropout": (dict(dropout_p=1.5), ValueError, r"dropout_p must be a number in \[0, 1\], got 1.5"),
+    "scale": (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SDPA)
+def test_sdpa(name):
+    kwargs, error, message = SDPA[name]
+    arguments = dict(query=q(), key=q(2, 4, 6, 8), value=q(2, 4, 6, 8)) | kwargs
+    with pytest.raises(error, match=message):
+        fa.scaled_dot_product_attention(**arguments)
+
+
+class FirstOrderOnly(fa.General):
+    def value(self, s, tile):
+        return s * 2
+
+    def derivs(self, s, tile):
+        return s * 2, torch.full_like(s, 2.0)
+
+
+def test_first_order_score_says_so():
+    x = torch.randn(1, 1, 3, 4, requires_grad=True)
+    out = fa.attention(x, x, x, score=FirstOrderOnly())
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="FirstOrderOnly.*first derivatives only"):
+        torch.autograd.grad(dx.sum(), x)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.func.jvp(lambda y: fa.attention(y, y, y, score=FirstOrderOnly()), (x.detach(),), (x.detach(),))
