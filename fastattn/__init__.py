@@ -16,7 +16,7 @@ if not (_Path(__file__).parent / "kernels").exists():
         "Check the repository out with git (on Windows with core.symlinks=true) or install the wheel."
     )
 
-from . import batching as _batching
+from . import batching as _batching  # noqa: F401  (registers the vmap rules)
 from .coords import Coordinates
 from .functional import Explanation, attention, explain, merge, varlen_attention
 from .masks import (

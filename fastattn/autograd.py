@@ -18,10 +18,12 @@ torch.compile, and every transform of torch.func passes. Functions track top-lev
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import compat, dispatch
 from .problem import LOW, Problem, Tangents, empty_like_layout, parse, unpack, with_param_grads
@@ -51,7 +53,9 @@ BWD_JVP = torch.ops.fastattn.bwd_jvp.default
 def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked problem, differentiable."""
     packed = p.pack()
-    out, lse, _ = FWD(
+    plain = type(p.q) is Tensor and type(p.k) is Tensor and type(p.v) is Tensor and compat.nothing_watches()
+    forward = _fwd_autograd if plain else FWD  # what FWD comes to, without one of its dispatches
+    out, lse, _ = forward(
         p.q, p.k, p.v, packed.mask, packed.params, p.sinks, p.rng,
         packed.spec, p.scale, p.dropout_p, packed.ints, packed.floats, False,
     )  # fmt: skip
@@ -150,7 +154,7 @@ def _statics(mask, params, spec, scale, dropout_p, ints, floats) -> _Statics:
 
 def _needs_function(tensors: Any) -> bool:
     """Whether a call must go through a Function: something needs a gradient, or a transform may be watching."""
-    if compat.in_functorch() or torch._C._is_fwd_grad_enabled() and torch.autograd.forward_ad._current_level >= 0:
+    if compat.in_functorch() or compat.in_forward_mode():
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -176,8 +180,9 @@ class _Fwd(torch.autograd.Function):
             return (None,) * (6 + s.n_mask + s.n_params)
         q, k, v, sinks, rng, *flat, out, lse, out_lo = ctx.saved_tensors
         mask, params = s.lists(flat)
-        wanted = any(ctx.needs_input_grad[6 + s.n_mask :])
-        dq, dk, dv, dparams, dsinks = BWD(
+        wanted = s.n_params > 0 and any(ctx.needs_input_grad[6 + s.n_mask :])
+        backward = _bwd_autograd if compat.nothing_watches() else BWD  # what BWD comes to, without one of its dispatches
+        dq, dk, dv, dparams, dsinks = backward(
             do, dlse, q, k, v, mask, params, sinks, rng, out, lse, out_lo, *s.tail(wanted)
         )
         dparams = dparams if wanted else [None] * s.n_params
@@ -186,7 +191,8 @@ class _Fwd(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _, tq, tk, tv, tsinks, trng, *tflat):
         s = ctx.s
-        q, k, v, sinks, rng, *flat, out, lse, out_lo = ctx.saved_tensors
+        # the tangents are arguments here: a tangent left on its primal as well would ask for a third order later
+        q, k, v, sinks, rng, *flat, out, lse, out_lo = map(compat.primal, ctx.saved_tensors)
         mask, params = s.lists(flat)
         tparams = s.lists(tflat)[1]
         tout, tlse = FWD_JVP(
@@ -321,8 +327,8 @@ class _FwdJvp(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError(
-            "forward mode over forward mode is not offered; take second derivatives as forward over reverse "
-            "(torch.func.jvp of torch.func.grad, jacfwd of jacrev), reverse over reverse or reverse over forward"
+            "attention has no forward mode over forward mode, and no third order; take second derivatives as forward over "
+            "reverse (torch.func.jvp of torch.func.grad, jacfwd of jacrev), reverse over reverse or reverse over forward"
         )
 
 
@@ -339,9 +345,14 @@ def _fwd_jvp_autograd(
     )
 
 
+_THIRD_ORDER = "attention has derivatives up to the second order; a third was asked for"
+
+
 class _BwdJvp(torch.autograd.Function):
     @staticmethod
-    def forward(s: _Statics, do, dlse, tdo, tdlse, q, k, v, sinks, rng, out, lse, out_lo, tq, tk, tv, tsinks, tout, tlse, *flat):
+    def forward(
+        s: _Statics, do, dlse, tdo, tdlse, q, k, v, sinks, rng, out, lse, out_lo, tq, tk, tv, tsinks, tout, tlse, *flat
+    ):
         mask, params = s.lists(flat)
         tparams = list(flat[s.n_mask + s.n_params :])
         dq, dk, dv, dparams, dsinks = compat.redispatch(
@@ -356,11 +367,11 @@ class _BwdJvp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        raise RuntimeError("attention has derivatives up to the second order; a third was asked for")
+        raise RuntimeError(_THIRD_ORDER)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise RuntimeError("attention has derivatives up to the second order; a third was asked for")
+        raise RuntimeError(_THIRD_ORDER)
 
 
 def _bwd_jvp_autograd(
@@ -382,6 +393,35 @@ def _bwd_jvp_autograd(
     return flat[0], flat[1], flat[2], list(flat[3 : 3 + n]), list(flat[3 + n :])
 
 
+# How much work they are: as torch counts its own attention, every key of every row, in the matrix products of one pass
+
+
+def _flops(q_shape: Any, k_shape: Any, v_shape: Any, n_qk: int, n_v: int) -> int:
+    """n_qk products over head_dim and n_v over v's, of q (B, Hq, Lq, Dk), k (B, Hkv, Lk, Dk), v (B, Hkv, Lk, Dv)."""
+    n_b, n_h, n_q, head_dim = q_shape
+    return 2 * n_b * n_h * n_q * k_shape[2] * (n_qk * head_dim + n_v * v_shape[3])
+
+
+@register_flop_formula(torch.ops.fastattn.fwd)
+def _fwd_flops(q, k, v, *args, **kwargs):
+    return _flops(q, k, v, 1, 1)
+
+
+@register_flop_formula(torch.ops.fastattn.bwd)
+def _bwd_flops(do, dlse, q, k, v, *args, **kwargs):
+    return _flops(q, k, v, 3, 2)
+
+
+@register_flop_formula(torch.ops.fastattn.fwd_jvp)
+def _fwd_jvp_flops(q, k, v, *args, **kwargs):
+    return _flops(q, k, v, 3, 2)
+
+
+@register_flop_formula(torch.ops.fastattn.bwd_jvp)
+def _bwd_jvp_flops(do, dlse, tdo, tdlse, q, k, v, *args, **kwargs):
+    return _flops(q, k, v, 7, 3 if tdo is None else 5)
+
+
 def _autocast(op: Any) -> Any:
     return lambda *args: compat.without_autocast(op, *args)
 
@@ -396,4 +436,6 @@ for _name, _op, _device, _fake, _autograd in (
     LIB.impl(_name, _autograd, "Autograd")
     LIB.impl(_name, _autocast(_op), "AutocastCPU")
     LIB.impl(_name, _autocast(_op), "AutocastCUDA")
+    if compat.HAS_BATCHED_GRADIENTS:
+        LIB.impl(_name, functools.partial(compat.batched_gradients, _op), "Batched")
     torch.library.register_fake(f"fastattn::{_name}", _fake, lib=LIB)

@@ -1,4 +1,7 @@
-"""Every private torch name that the library uses, each with what happens where it is gone. Nothing else imports one."""
+"""Every private torch name that the library uses, each with what happens where it is gone. Nothing else imports one.
+
+Checked on torch 2.11 and 2.13.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _BASE = torch.autograd.Function
 
@@ -24,22 +28,42 @@ _set_forward_grad: Callable[[bool], Any] = getattr(
     torch.autograd.forward_ad, "_set_fwd_grad_enabled", lambda mode: contextlib.nullcontext()
 )
 
-# Skips the Autograd keys: torch.library uses the same guard for its own operators.
+# Whether forward-mode tracking is on; without the answer, an open dual level counts as tracking.
+_forward_grad_enabled: Callable[[], bool] = getattr(torch._C, "_is_fwd_grad_enabled", lambda: True)
+
+# Skips the Autograd keys. No fallback: torch.library's own Autograd kernels stand on the same guard.
 _below_autograd: Callable[[], Any] = torch._C._AutoDispatchBelowAutograd
 
-# Skips a set of dispatch keys.
+# Skips a set of dispatch keys. No fallback: torch.library's own autocast kernels stand on the same guard.
 _exclude_keys: Callable[[Any], Any] = torch._C._ExcludeDispatchKeyGuard
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
 
 
+def in_dual_level() -> bool:
+    """Whether a forward_ad.dual_level is open; where torch does not say, yes: the slower answer is always right."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents are being tracked: a dual level is open and not switched off."""
+    return in_dual_level() and _forward_grad_enabled()
+
+
+def primal(x: Any) -> Any:
+    """x without its tangent, for arguments whose tangents are arguments of their own; functorch strips them itself."""
+    if not isinstance(x, torch.Tensor) or in_functorch() or not in_dual_level():
+        return x
+    return torch.autograd.forward_ad.unpack_dual(x).primal
+
+
 def apply(cls: type[torch.autograd.Function], *args: Any) -> Any:
     """cls.apply(*args), without binding the signature on every call (tens of microseconds for a setup_context Function)."""
     if in_functorch():
         with _single_level():
-            return super(_BASE, cls).apply(*args)
-    return super(_BASE, cls).apply(*args)
+            return super(_BASE, cls).apply(*args)  # type: ignore[misc]
+    return super(_BASE, cls).apply(*args)  # type: ignore[misc]
 
 
 def redispatch(op: Any, *args: Any) -> Any:
@@ -63,7 +87,7 @@ def without_autocast(op: Any, *args: Any) -> Any:
 
 def base_apply(cls: type[torch.autograd.Function], *args: Any) -> Any:
     """`apply` where no functorch transform is active."""
-    return super(_BASE, cls).apply(*args)
+    return super(_BASE, cls).apply(*args)  # type: ignore[misc]
 
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -79,5 +103,49 @@ def nothing_watches() -> bool:
         or _any_autocast()
         or _dispatch_modes()
         or _function_modes()
-        or torch.autograd.forward_ad._current_level >= 0
+        or in_dual_level()
     )
+
+
+# Batched gradients (torch.autograd.grad(is_grads_batched=True), functional.jacobian(vectorize=True)) run on vmap's
+# predecessor, whose tensors an operator with lists meets at the Batched key. Without these names they raise, as in torch.
+_enter_level: Callable[[], int] | None = getattr(torch._C, "_vmapmode_increment_nesting", None)
+_leave_level: Callable[[], int] | None = getattr(torch._C, "_vmapmode_decrement_nesting", None)
+_add_dim: Callable[..., torch.Tensor] | None = getattr(torch, "_add_batch_dim", None)
+_remove_dim: Callable[..., torch.Tensor] | None = getattr(torch, "_remove_batch_dim", None)
+HAS_BATCHED_GRADIENTS = None not in (_enter_level, _leave_level, _add_dim, _remove_dim)
+
+
+def batched_gradients(op: Any, *args: Any) -> Any:
+    """An operator on the tensors of a batched gradient: unwrap the innermost level and let torch.vmap map the operator."""
+    assert _enter_level is not None
+    assert _leave_level is not None
+    assert _add_dim is not None
+    level = _leave_level() + 1
+    try:
+        leaves, structure = tree_flatten(args)
+        pairs = [_unwrap(x, level) for x in leaves]
+        mapped = [i for i, (_, is_mapped) in enumerate(pairs) if is_mapped]
+        values = [x for x, _ in pairs]
+        if not mapped:
+            return op(*args)
+
+        def one(*sample: torch.Tensor) -> Any:
+            inner = list(values)
+            for i, x in zip(mapped, sample, strict=True):
+                inner[i] = x
+            return op(*tree_unflatten(inner, structure))
+
+        result = torch.vmap(one)(*(values[i] for i in mapped))
+        return tree_map(lambda x: _add_dim(x, 0, level), result)
+    finally:
+        _enter_level()
+
+
+def _unwrap(x: Any, level: int) -> tuple[Any, bool]:
+    """(x with its mapped dimension in front, True), or (x, False) where `level` does not map it."""
+    if not isinstance(x, torch.Tensor):
+        return x, False
+    assert _remove_dim is not None
+    one, two = (_remove_dim(x, level, size, 0) for size in (1, 2))  # an unmapped tensor takes the size it is told
+    return (one, True) if one.shape[0] == two.shape[0] else (x, False)

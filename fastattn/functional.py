@@ -68,11 +68,12 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    if (mask is None or type(mask) is Causal) and not (score or return_lse or dropout_p):
-        if sinks is None and backend is None and coords is None and deterministic is None:
-            short = express.attend(q, k, v, mask is not None, scale)
-            if short is not None:
-                return short
+    bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None and not dropout_p
+    usual = not return_lse and backend is None and deterministic is None
+    if bare and usual and (mask is None or type(mask) is Causal):
+        short = express.attend(q, k, v, mask is not None, scale)
+        if short is not None:
+            return short
     p = problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministic, coords)
     out, lse = _run(p)
     return (out, lse) if return_lse else out
@@ -390,5 +391,5 @@ def explain(
 def _describe(mask: LoweredMask) -> str:
     if mask.is_full:
         return "full"
-    spans = f"{len(mask.spans)} affine span(s)" if mask.spans is not None else f"{mask.rows[0].shape[2]} span(s) per row"
+    spans = f"{mask.n_spans} span(s) {'from the row index' if mask.spans is not None else 'from a tensor'}"
     return spans + (f" and {len(mask.predicates)} predicate(s)" if mask.predicates else "")

@@ -35,12 +35,12 @@ def nested_attention(
             raise ValueError(f"{name} must be a jagged nested tensor (batch, heads, ragged length, head_dim), got {got}")
         rows = x.transpose(1, 2)  # (B, j, H, D)
         packed.append(rows.values())  # (total, H, D)
-        offsets.append(rows.offsets())
+        offsets.append(rows.offsets())  # type: ignore[attr-defined]
     heads = [x.shape[1] for x in packed]
     if not enable_gqa and len(set(heads)) != 1:
         raise ValueError(f"query, key and value must have the same heads without enable_gqa, got {heads}")
     out = varlen_attention(
-        *packed, offsets[0], offsets[1],
+        packed[0], packed[1], packed[2], offsets[0], offsets[1],
         mask=Causal("top_left") if is_causal else None, dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
     return torch.nested.nested_tensor_from_jagged(out, offsets[0]).transpose(1, 2)

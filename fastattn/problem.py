@@ -26,7 +26,6 @@ from .coords import Coordinates
 from .masks import Bound, CustomPredicate, DensePredicate, LoweredMask
 from .scores import Score
 
-
 LOW = (torch.float16, torch.bfloat16)
 
 

@@ -118,9 +118,8 @@ def _four_dimensions(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
         raise ValueError(f"query and key must have the same last dimension, got {tuple(query.shape)} and {tuple(key.shape)}")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"key and value must have the same length, got {tuple(key.shape)} and {tuple(value.shape)}")
-    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        if query.shape[1] == key.shape[1] == value.shape[1]:
-            return query, key, value, query.shape[:1]
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return query, key, value, query.shape[:1]
     return _broadcast(query, key, value, enable_gqa)
 
 
@@ -154,14 +153,15 @@ def _mask_tensor(attn_mask: Any, q: Tensor, n_k: int, query_leading: torch.Size,
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if attn_mask.dtype not in (torch.bool, q.dtype) and not (half and attn_mask.dtype == torch.float32):
-        if not torch.is_autocast_enabled(q.device.type) or not attn_mask.is_floating_point():
-            raise TypeError(
-                f"attn_mask must be bool, query's dtype {q.dtype}{' or float32' if half else ''}, got {attn_mask.dtype}"
-            )
+    accepted = (torch.bool, q.dtype, torch.float32) if half else (torch.bool, q.dtype)
+    cast = torch.is_autocast_enabled(q.device.type) and attn_mask.is_floating_point()
+    if attn_mask.dtype not in accepted and not cast:
+        raise TypeError(
+            f"attn_mask must be bool, query's dtype {q.dtype}{' or float32' if half else ''}, got {attn_mask.dtype}"
+        )
     if attn_mask.device != q.device:
         raise ValueError(f"attn_mask must be on query's device {q.device}, got {attn_mask.device}")
-    n_b, n_h, n_q, _ = q.shape
+    _, n_h, n_q, _ = q.shape
     full = (*leading, n_h, n_q, n_k)
     x = attn_mask
     fits = x.dim() <= len(full) and all(m in (1, n) for m, n in zip(reversed(x.shape), reversed(full), strict=False))

@@ -49,7 +49,7 @@ TRANSFORMS = {
     "grad": lambda f, x, t: grad(loss(f), ALL)(*x),
     "vjp": lambda f, x, t: vjp(function(f), *x)[1]((torch.ones(2, 4, 5, 2).double(), torch.ones(2, 4, 5).double())),
     "jvp": lambda f, x, t: jvp(function(f), x, t),
-    "jvp of one": lambda f, x, t: [jvp(lambda y: function(f)(*x[:i], y, *x[i + 1 :]), (x[i],), (t[i],)) for i in ALL],
+    "jvp of one": lambda f, x, t: [jvp(lambda y, i=i: function(f)(*x[:i], y, *x[i + 1 :]), (x[i],), (t[i],)) for i in ALL],
     "jvp of grad": lambda f, x, t: jvp(grad(loss(f), ALL), x, t),
     "grad of grad": lambda f, x, t: grad(lambda *y: sum(z.sin().sum() for z in grad(loss(f), ALL)(*y)), ALL)(*x),
     "grad of jvp": lambda f, x, t: grad(lambda *y: sum(z.sin().sum() for z in jvp(function(f), y, t)[1]), ALL)(*x),

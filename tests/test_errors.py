@@ -151,7 +151,7 @@ def test_first_order_score_says_so():
     x = torch.randn(1, 1, 3, 4, requires_grad=True)
     out = fa.attention(x, x, x, score=FirstOrderOnly())
     (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="FirstOrderOnly.*first derivatives only"):
+    with pytest.raises(NotImplementedError, match=r"FirstOrderOnly.*first derivatives only"):
         torch.autograd.grad(dx.sum(), x)
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         torch.func.jvp(lambda y: fa.attention(y, y, y, score=FirstOrderOnly()), (x.detach(),), (x.detach(),))

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 pytest.importorskip("expecttest", reason="torch's OpInfo database needs expecttest")
 pytest.importorskip("numpy", reason="torch's OpInfo database needs numpy")
 
+from bars import assert_within
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastattn
-from bars import assert_within
 
 (OP,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -65,7 +65,8 @@ def test_forward(i, dtype):
     sample = samples(dtype)[i]
     out = call(fastattn.scaled_dot_product_attention, sample)
     expected = call(F.scaled_dot_product_attention, sample)
-    assert out.shape == expected.shape and out.dtype == expected.dtype
+    assert out.shape == expected.shape
+    assert out.dtype == expected.dtype
     if without_dropout(sample):
         exact = call(F.scaled_dot_product_attention, sample.transform(to_double))
         assert_within(out, exact, [expected], 2)

@@ -39,7 +39,7 @@ from .operands import (
     sum_rows_like,
 )
 from .regions import Region, regions
-from .tile import Tile, select
+from .tile import Tile
 
 TILE = 1 << 18  # score elements of a tile, over all its batch entries and heads
 KEYS = 512  # keys of a tile
@@ -122,6 +122,7 @@ def chain_backward(p: Problem, g: Tensor, before: list[Tensor], tile: Tile, dpar
             if grads:
                 score.accumulate(grads, g, tile)
         else:
+            assert isinstance(score, General)
             if grads:
                 score.accumulate(grads, g, s, tile)
             g = g * score.derivs(s, tile)[1]
@@ -138,6 +139,7 @@ def chain_tangent(p: Problem, ds: Tensor | None, before: list[Tensor], tile: Til
         if isinstance(score, Pointwise):
             ds = None if ds is None else ds * score.derivs(s)[1]
         elif any(x is not None for x in own):
+            assert isinstance(score, Additive)
             filled = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(score.params, own, strict=True)]
             term = score.with_params(tuple(filled)).term(tile)
             ds = term.expand_as(s) if ds is None else ds + term
@@ -160,6 +162,7 @@ def chain_backward_tangent(
                 dg = dg + g * second * ds
             g = g * first
         elif start < end and dparams is not None:
+            assert isinstance(score, Additive)
             score.accumulate(dparams[start:end], dg, tile)
         end = start
     return g, dg
@@ -248,8 +251,8 @@ class _Rows(NamedTuple):
 def _key_totals(p: Problem) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Zeros to sum dq, dk, dv and the parameters' gradients in, in the accumulation dtype."""
     acc = p.acc_dtype
-    zeros = [empty_like_layout(x, tuple(x.shape), acc).zero_() for x in (p.q, p.k, p.v)]
-    return (*zeros, [torch.zeros(x.shape, dtype=acc, device=x.device) for x in p.params])
+    dq, dk, dv = (empty_like_layout(x, tuple(x.shape), acc).zero_() for x in (p.q, p.k, p.v))
+    return dq, dk, dv, [torch.zeros(x.shape, dtype=acc, device=x.device) for x in p.params]
 
 
 def _rounded(p: Problem, dq: Tensor, dk: Tensor, dv: Tensor, dparams: list[Tensor], dsinks: Tensor | None) -> Grads:
@@ -282,7 +285,9 @@ def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, ls
     lse_safe = safe_lse(lse)
     for chunk in _chunks(p):
         k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
-        stats = _Rows(*(None if x is None else q_part(x, chunk) for x in (w.q, do, lse_safe, delta)))
+        stats = _Rows(
+            q_part(w.q, chunk), None if do is None else q_part(do, chunk), q_part(lse_safe, chunk), q_part(delta, chunk)
+        )
         q_part(dq, chunk).copy_(_backward_rows(p, chunk, stats, k, v, dk, dv, wanted))
     return _rounded(p, dq, dk, dv, dparams, sink_gradient(p, lse, delta))
 
@@ -321,7 +326,7 @@ def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tenso
         tlse += sink_weight(p, lse) * t.sinks.to(lse.dtype)[:, :, None]
     lse_safe = safe_lse(lse)
     for chunk in _chunks(p):
-        kv = tuple(None if x is None else k_part(p, x, chunk) for x in (w.k, w.v, wt.k, wt.v))
+        kv = _Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, wt.k, wt.v))
         tq = None if wt.q is None else q_part(wt.q, chunk)
         acc, mu = _jvp_rows(p, chunk, q_part(w.q, chunk), tq, q_part(lse_safe, chunk), kv, t)
         q_part(tlse, chunk).add_(mu)
@@ -331,7 +336,8 @@ def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tenso
 
 
 def _wide_tangents(p: Problem, t: Tangents) -> Tangents:
-    return t._replace(**{name: None if x is None else x.to(p.acc_dtype) for name, x in zip("qkv", t[:3], strict=True)})
+    q, k, v = (None if x is None else x.to(p.acc_dtype) for x in (t.q, t.k, t.v))
+    return t._replace(q=q, k=k, v=v)
 
 
 def _score_tangent(q, tq, k, tk) -> Tensor | None:
@@ -342,11 +348,24 @@ def _score_tangent(q, tq, k, tk) -> Tensor | None:
     return ds
 
 
-def _narrow(x: Tensor | None, start: int, n: int) -> Tensor | None:
-    return None if x is None else x.narrow(2, start, n)
+class _Keys(NamedTuple):
+    """Keys and values of a chunk, and their tangents."""
+
+    k: Tensor
+    v: Tensor
+    tk: Tensor | None
+    tv: Tensor | None
+
+    def narrow(self, start: int, n: int) -> _Keys:
+        tk, tv = (None if x is None else x.narrow(2, start, n) for x in (self.tk, self.tv))
+        return _Keys(self.k.narrow(2, start, n), self.v.narrow(2, start, n), tk, tv)
 
 
-def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv, t: Tangents) -> tuple[Tensor, Tensor]:
+def _maybe_keys(p: Problem, chunk: Region, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else k_part(p, x, chunk) for x in tensors]
+
+
+def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv: _Keys, t: Tangents) -> tuple[Tensor, Tensor]:
     """sum (Z P A.) V + (Z P) V. and sum P A. over the keys of a chunk of rows."""
     q = q * p.scale
     tq = None if tq is None else tq * p.scale
@@ -355,7 +374,7 @@ def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv, t: Tangents) -> tuple[T
     done = 0
     for part in _parts(p, chunk):
         n = part.region.n_keys
-        k, v, tk, tv = (_narrow(x, done, n) for x in kv)
+        k, v, tk, tv = kv.narrow(done, n)
         done += n
         s, before = apply_chain(p, dot_keys(q, k), part.tile)
         ds = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)[-1]
@@ -399,9 +418,10 @@ def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo
     wanted = dparams if p.param_grads else None
     lse_safe = safe_lse(lse)
     for chunk in _chunks(p):
-        kv = tuple(None if x is None else k_part(p, x, chunk) for x in (w.k, w.v, wt.k, wt.v))
-        row_tensors = (w.q, wt.q, do, tdo, lse_safe, tlse, delta, tdelta)
-        stats = _TangentRows(*(None if x is None else q_part(x, chunk) for x in row_tensors))
+        kv = _Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, wt.k, wt.v))
+        tq_part, do_part, tdo_part = (None if x is None else q_part(x, chunk) for x in (wt.q, do, tdo))
+        row_stats = (q_part(x, chunk) for x in (lse_safe, tlse, delta, tdelta))
+        stats = _TangentRows(q_part(w.q, chunk), tq_part, do_part, tdo_part, *row_stats)
         q_part(dq, chunk).copy_(_backward_jvp_rows(p, chunk, stats, kv, dk, dv, wanted, t))
     dsinks = None
     if p.sinks is not None:
@@ -410,15 +430,15 @@ def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo
     return _rounded(p, dq, dk, dv, dparams, dsinks)
 
 
-def _backward_jvp_rows(p: Problem, chunk: Region, r: _TangentRows, kv, dk, dv, dparams, t) -> Tensor:
+def _backward_jvp_rows(p: Problem, chunk: Region, r: _TangentRows, kv: _Keys, dk, dv, dparams, t: Tangents) -> Tensor:
     """The tangent of dq of a chunk of rows; adds the tangents of its shares of dk, dv and the parameters' gradients."""
     q = r.q * p.scale
     tq = None if r.tq is None else r.tq * p.scale
     dq = torch.zeros_like(q)
-    done, n_kv = 0, kv[0].shape[1]
+    done, n_kv = 0, kv.k.shape[1]
     for part in _parts(p, chunk):
         n = part.region.n_keys
-        k, v, tk, tv = (_narrow(x, done, n) for x in kv)
+        k, v, tk, tv = kv.narrow(done, n)
         done += n
         s, before = apply_chain(p, dot_keys(q, k), part.tile)
         tangents = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)

@@ -22,6 +22,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 BIAS = 1 << 22  # elements of an additive term that are made at once
+VECTOR = 32  # keys below which the kernel takes a NaN row for a hidden one, unless it is given a mask
 LONG = 1024  # keys from which large blocks beat a close fit
 CALL = 1 << 17  # score elements below which a call is not worth cutting further
 
@@ -39,6 +40,8 @@ def refuses(p: Problem, *, backward: bool = False, dlse: bool = False) -> str | 
             return f"torch's fused CPU kernel gives no gradient to {score.name}"
     if dlse:
         return "torch's fused CPU kernel takes no gradient of lse"
+    if p.scale <= 0.0:
+        return f"torch's fused CPU kernel hides with -inf before it scales, here by {p.scale}"
     if p.q.shape[3] == 0 or p.v_dim == 0:
         return "torch's fused CPU kernel needs a head_dim of at least 1"
     return None
@@ -71,6 +74,7 @@ def _band_rows(region: Region) -> int:
     """Rows per call of a banded region: few keep the work close to the band, many keep the kernel's blocks large."""
     if region.hiding == CAUSAL and region.n_keys > LONG:
         return region.n_rows  # the kernel skips what lies above the diagonal, in large blocks
+    assert isinstance(region.hiding, Band)
     step = 64
     while step * region.n_heads * min(region.n_keys, 512) < CALL:
         step *= 2
@@ -87,6 +91,8 @@ def _float_mask(p: Problem, region: Region) -> Tensor | None:
             term = score.term(tile)
             total = term if total is None else total + term
     if region.hiding is None or region.hiding == CAUSAL:  # the kernel hides what lies above the diagonal
+        if total is None and region.n_keys < VECTOR:
+            return p.q.new_zeros((1, 1), dtype=p.acc_dtype)
         return total
     visible = region.visible(slice(0, region.n_rows), slice(0, region.n_keys))
     if visible is None:
@@ -115,7 +121,8 @@ def _region_forward(p: Problem, region: Region, q: Tensor, k: Tensor, v: Tensor)
         q_part(q, region), k_part(p, k, region), k_part(p, v, region), 0.0, region.hiding == CAUSAL,
         attn_mask=mask, scale=p.scale,
     )  # fmt: skip
-    if mask is not None and (p.scores or isinstance(region.hiding, Tensor)):  # the kernel says 0 for the lse of a row that sees nothing
+    # the kernel says 0 for the lse of a row that sees nothing
+    if mask is not None and (p.scores or isinstance(region.hiding, Tensor)):
         lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
     return out, lse
 
@@ -168,7 +175,7 @@ def backward(p: Problem, do: Tensor, out: Tensor, lse: Tensor, out_lo: Tensor) -
     dsinks = None
     if p.sinks is not None:
         dsinks = blocked.sink_gradient(p, lse, blocked.row_delta(p, do, None, out, out_lo, lse))
-    return Grads(*(_finish(g, x) for g, x in ((dq, p.q), (dk, p.k), (dv, p.v))), [], dsinks)
+    return Grads(_finish(dq, p.q), _finish(dk, p.k), _finish(dv, p.v), [], dsinks)
 
 
 def _region_backward(p: Problem, region: Region, q, k, v, do, out, lse) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from ..problem import Problem
 from .regions import Region
 from .tile import select
 
+
 def kv_heads(p: Problem, h: slice) -> slice:
     """The key heads that the query heads of a region read."""
     group = p.n_h // p.n_kv

@@ -12,7 +12,7 @@ from ..coords import Coordinates
 from ..dropout import keep_mask
 from ..masks import LoweredMask
 from ..problem import IDENTITY, Problem
-from ..scores import Additive, Pointwise, Score
+from ..scores import Additive, General, Pointwise, Score
 from .tile import Tile
 
 
@@ -51,6 +51,7 @@ def attention(
         elif isinstance(score, Pointwise):
             s = score.value(s)
         else:
+            assert isinstance(score, General)
             s = score.value(s, tile)
 
     # softmax over what is visible and the sink; the row maximum cancels and gets no gradient

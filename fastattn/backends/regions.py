@@ -183,7 +183,7 @@ def _pieces(start: Tensor, stop: Tensor) -> list[Piece]:
     """The pieces of one (batch, head): start, stop (R, n_q) on the CPU, disjoint, clamped."""
     n = start.shape[1]
     if start.shape[0] > 1:
-        if n > 1 and not bool((start.diff().any() | stop.diff().any())):
+        if n > 1 and not bool(start.diff().any() | stop.diff().any()):
             return list(_mixed_piece(0, n, start, stop))
         return [piece for row in range(0, n, ROWS) for piece in _mixed_piece(row, min(row + ROWS, n), start, stop)]
     a, b = start[0], stop[0]
@@ -255,7 +255,7 @@ def regions(p: Problem) -> list[Region]:
     """Every region of the call."""
     if p.n_b * p.n_h * p.n_q * p.n_k == 0:
         return []
-    found = []
+    found: list[Region] = []
     for b, h, pieces in _span_pieces(p):
         for piece in pieces:
             region = Region(b, h, *_on(piece, p.q.device))
@@ -266,8 +266,12 @@ def regions(p: Problem) -> list[Region]:
 def _on(piece: Piece, device: torch.device) -> Piece:
     if device.type == "cpu":
         return piece
-    rows, keys, hiding = (x.to(device) if isinstance(x, Tensor) else x for x in piece)
-    return rows, keys, hiding
+    rows, keys, hiding = piece
+    return (
+        rows,
+        keys.to(device) if isinstance(keys, Tensor) else keys,
+        hiding.to(device) if isinstance(hiding, Tensor) else hiding,
+    )
 
 
 def _predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:
@@ -305,10 +309,10 @@ def _refine(p: Problem, region: Region) -> Iterator[Region]:
         return
     n_keys = region.n_keys
     for first in range(0, region.n_rows, ROWS):
-        part = slice(first, min(first + ROWS, region.n_rows))
-        rows = slice(region.rows.start + part.start, region.rows.start + part.stop)
+        within = slice(first, min(first + ROWS, region.n_rows))
+        rows = slice(region.rows.start + within.start, region.rows.start + within.stop)
         visible = _predicate_tile(p, region, rows)
-        own = region.visible(part, slice(0, n_keys))
+        own = region.visible(within, slice(0, n_keys))
         if own is not None:
             visible = visible & own.to(visible.device)
         yield from _pieces_of(region, rows, visible)

@@ -16,8 +16,8 @@ from .spans import LoweredMask
 class Mask:
     """Which keys each query row may see. Immutable; compared and hashed by identity.
 
-    A subclass sets its attributes by `self._set(name=value)` and implements `lower`. One that treats every sequence alike also implements `span_of`, which makes it usable
-    inside documents.
+    A subclass sets its attributes by `self._set(name=value)` and implements `lower`.
+    One that treats every sequence alike also implements `span_of`, which makes it usable inside documents.
     """
 
     predicated = False  # whether lowering yields predicates beside the spans
@@ -186,10 +186,12 @@ def offset(mask: Any, n_q: Any, n_k: Any) -> Any:
     """
     if mask.align == "bottom_right":
         return n_k - n_q
+    if isinstance(mask.align, int):
+        return mask.align
     if mask.align is None and not isinstance(n_q, Tensor) and n_q != n_k:
         raise ValueError(
             f"{mask!r} needs n_q == n_k, got n_q={n_q} and n_k={n_k}: say align='top_left' (row 0 stands at key 0) or "
-            "align='bottom_right' (the last row stands at the last key)"
+            "align='bottom_right' (the last row stands at the last key) or an int (the key at which row 0 stands)"
         )
     return 0
 

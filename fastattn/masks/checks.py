@@ -12,8 +12,10 @@ LARGE = 2**30  # no length comes near it, and int32 arithmetic on it cannot over
 
 
 def check_align(align: Any, name: str) -> None:
-    if align not in ALIGNMENTS:
-        raise ValueError(f"{name}: align must be 'top_left', 'bottom_right' or None, got {align!r}")
+    if isinstance(align, int) and not isinstance(align, bool):
+        return
+    if not isinstance(align, str | None) or align not in ALIGNMENTS:
+        raise ValueError(f"{name}: align must be 'top_left', 'bottom_right', an int or None, got {align!r}")
 
 
 def check_count(value: Any, name: str, least: int = 0) -> Any:

@@ -32,11 +32,11 @@ class Causal(Mask):
     """A row sees the keys up to its own position: k <= p.
 
     Args:
-        align: "top_left", "bottom_right" (decoding against a cache: the last row sees every key), or None where
-            n_q == n_k and the two are the same.
+        align: "top_left", "bottom_right" (decoding against a cache: the last row sees every key), an int (row i stands
+            at key i + align: a shard of a longer sequence), or None where n_q == n_k and the first two are the same.
     """
 
-    def __init__(self, align: str | None = None) -> None:
+    def __init__(self, align: str | int | None = None) -> None:
         check_align(align, "Causal")
         self._set(align=align, aligned=align is not None)
 
@@ -59,7 +59,7 @@ class SlidingWindow(Mask):
     left: int | None
     right: int | None
 
-    def __init__(self, left: int | None, right: int | None, align: str | None = None) -> None:
+    def __init__(self, left: int | None, right: int | None, align: str | int | None = None) -> None:
         check_align(align, "SlidingWindow")
         left, right = (
             None if n is None or check_count(n, f"SlidingWindow {side}") == LARGE else n
@@ -92,7 +92,7 @@ class Chunked(Mask):
 
     size: int
 
-    def __init__(self, size: int, align: str | None = None) -> None:
+    def __init__(self, size: int, align: str | int | None = None) -> None:
         check_align(align, "Chunked")
         self._set(size=check_count(size, "Chunked size", 1), align=align, aligned=align is not None)
 
@@ -114,7 +114,7 @@ class PrefixLM(Mask):
 
     prefix: int | Tensor
 
-    def __init__(self, prefix: int | Tensor, align: str | None = None) -> None:
+    def __init__(self, prefix: int | Tensor, align: str | int | None = None) -> None:
         check_align(align, "PrefixLM")
         if isinstance(prefix, Tensor):
             values = peek(check_int_tensor(prefix, "PrefixLM prefix"))

@@ -154,7 +154,7 @@ def require_importable(cls: type[Score]) -> None:
 @torch.compiler.assume_constant_result
 def _source_key(cls: type[Score]) -> str:
     """`module:qualname#hash` of a user's class, so that compiled graphs do not outlive an edit of its source."""
-    return f"{cls.key}#{_source_hash(cls)}"
+    return f"{cls.key}#{_source_hash(cls)}"  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,230 @@
+"""What the front promises: packed documents, shards and caches are the same function; empty rows; NaN; exact gradients."""
+
+import pytest
+import torch
+from bars import errors
+from cases import generator
+from torch.testing import assert_close
+
+import fastattn as fa
+
+TOLERANCE = dict(rtol=1e-9, atol=1e-9)
+
+
+def make(*lengths, n_h=4, n_kv=2, d=8, dtype=torch.float64):
+    g = generator(*lengths)
+    return [torch.randn(1, h, n, d, dtype=torch.float64, generator=g).to(dtype) for h, n in zip((n_h, n_kv, n_kv), lengths)]
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+def test_varlen_is_attention_on_each_document(align):
+    cu_q, cu_k = torch.tensor([0, 3, 3, 10, 14]), torch.tensor([0, 5, 7, 15, 16])
+    q, k, v = (x[0].transpose(0, 1).requires_grad_() for x in make(14, 16, 16))
+    table, slopes, sinks = torch.randn(4, 9).double(), torch.rand(4).double(), torch.randn(4).double()
+    score = fa.RelativeBias(table), fa.ALiBi(slopes)
+    mask = fa.Causal(align)
+    out, lse = fa.varlen_attention(q, k, v, cu_q, cu_k, mask=mask, score=score, sinks=sinks, return_lse=True)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    parts = []
+    for n in range(4):
+        rows, keys = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        shift = (keys.stop - keys.start) - (rows.stop - rows.start) if align == "bottom_right" else 0
+        one = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
+        parts.append(
+            fa.attention(*one, mask=mask, score=score, sinks=sinks, return_lse=True, coords=fa.Coordinates(q=int(shift)))
+        )
+    expected = torch.cat([o[0].transpose(0, 1) for o, _ in parts])
+    assert_close(out, expected, **TOLERANCE)
+    assert_close(lse, torch.cat([x[0] for _, x in parts], 1), **TOLERANCE)
+    for a, b in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        assert_close(a, b, **TOLERANCE)
+
+
+def test_varlen_dropout_equals_a_padded_batch():
+    lengths = torch.tensor([3, 7, 4])
+    cu = torch.tensor([0, 3, 10, 14])
+    q, k, v = (x[0].transpose(0, 1) for x in make(14, 14, 14))
+    torch.manual_seed(0)
+    packed = fa.varlen_attention(q, k, v, cu, dropout_p=0.5)
+
+    def padded(x):
+        out = x.new_zeros(3, 7, *x.shape[1:])
+        for n in range(3):
+            out[n, : lengths[n]] = x[cu[n] : cu[n + 1]]
+        return out.transpose(1, 2)
+
+    torch.manual_seed(0)
+    whole = fa.attention(*(padded(x) for x in (q, k, v)), mask=fa.Lengths(lengths, lengths), dropout_p=0.5)
+    for n in range(3):
+        assert_close(packed[cu[n] : cu[n + 1]], whole[n, :, : lengths[n]].transpose(0, 1), **TOLERANCE)
+
+
+def test_rows_past_the_last_document():
+    q, k, v = (x[0].transpose(0, 1) for x in make(6, 6, 6))
+    out, lse = fa.varlen_attention(q, k, v, torch.tensor([0, 4]), return_lse=True)
+    assert torch.equal(out[4:], torch.zeros_like(out[4:]))
+    assert bool((lse[:, 4:] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_shards_are_the_whole(dropout_p):
+    """Rows and heads computed apart, with the coordinates that they have in the whole, and keys merged by lse."""
+    q, k, v = make(12, 12, 12)
+    bias, slopes = torch.randn(4, 12, 12).double(), torch.rand(4).double()
+
+    def run(rows, heads, keys):
+        torch.manual_seed(1)
+        kv_heads = slice(heads.start // 2, heads.stop // 2)
+        return fa.attention(
+            q[:, heads, rows], k[:, kv_heads, keys], v[:, kv_heads, keys],
+            mask=fa.Causal(rows.start - keys.start),
+            score=(fa.Bias(bias[heads]), fa.ALiBi(slopes[heads])), dropout_p=dropout_p, return_lse=True,
+            coords=fa.Coordinates(h=heads.start, q=rows.start, k=keys.start),
+        )  # fmt: skip
+
+    whole, whole_lse = run(slice(0, 12), slice(0, 4), slice(0, 12))
+    for rows in (slice(0, 5), slice(5, 12)):
+        for heads in (slice(0, 2), slice(2, 4)):
+            left, right = (run(rows, heads, keys) for keys in (slice(0, 7), slice(7, 12)))
+            out, lse = fa.merge(*left, *right)
+            assert_close(out, whole[:, heads, rows], **TOLERANCE)
+            assert_close(lse, whole_lse[:, heads, rows], **TOLERANCE)
+
+
+def test_coordinate_tensors_equal_offsets():
+    q, k, v = make(6, 9, 9)
+    bias, table = torch.randn(4, 9, 12).double().requires_grad_(), torch.randn(4, 7).double().requires_grad_()
+    results = []
+    for coords in (
+        fa.Coordinates(b=2, h=1, q=3, k=1),
+        fa.Coordinates(b=torch.tensor([2]), h=torch.arange(1, 5), q=torch.arange(3, 9), k=torch.arange(1, 10)),
+        fa.Coordinates(b=torch.full((1, 6), 2), h=1, q=torch.arange(3, 9)[None], k=torch.arange(1, 10)[None]),
+    ):
+        torch.manual_seed(0)
+        out = fa.attention(q, k, v, score=(fa.Bias(bias), fa.RelativeBias(table)), dropout_p=0.3, coords=coords)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (bias, table))))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_close(a, b, **TOLERANCE)
+
+
+def test_merge_is_differentiable_and_takes_empty_sides():
+    q, k, v = (x.requires_grad_() for x in make(5, 8, 8))
+    mask = fa.Dense(torch.tensor([True, True, False, True, True])[:, None] & (torch.arange(8) < 8))
+    whole = fa.attention(q, k, v, mask=mask, return_lse=True)
+    parts = [
+        fa.attention(q, k[:, :, s], v[:, :, s], mask=fa.Dense(mask.tensor[:, s]), return_lse=True)
+        for s in (slice(0, 3), slice(3, 8))
+    ]
+    merged = fa.merge(*parts[0], *parts[1])
+    for a, b in zip(merged, whole, strict=True):
+        assert_close(a, b, **TOLERANCE)
+    loss = lambda o, l: o.square().sum() + l.masked_fill(l == -torch.inf, 0).sin().sum()
+    for a, b in zip(
+        torch.autograd.grad(loss(*merged), (q, k, v)), torch.autograd.grad(loss(*whole), (q, k, v)), strict=True
+    ):
+        assert_close(a, b, **TOLERANCE)
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("score", [(), (fa.Softcap(3.0),)])
+def test_rows_that_see_nothing(score, backend):
+    q, k, v = (x.requires_grad_() for x in make(6, 7, 7))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    mask = fa.Dense((torch.arange(6) % 2 == 0)[:, None].expand(6, 7))
+    out, lse = fa.attention(q, k, v, mask=mask, score=score, return_lse=True, backend=backend)
+    assert torch.equal(out[:, :, 1::2], torch.zeros_like(out[:, :, 1::2]))
+    assert bool((lse[:, :, 1::2] == -torch.inf).all())
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert all(x.isfinite().all() for x in grads)
+    assert bool((grads[0][:, :, 1::2] == 0).all())
+    out, lse = fa.attention(q, k, v, mask=mask, score=score, sinks=sinks, return_lse=True, backend=backend)
+    assert_close(lse[:, :, 1], sinks[None].expand(1, 4).detach().clone(), check_layout=False)
+    (dsinks,) = torch.autograd.grad(lse[:, :, 1::2].sum(), sinks)
+    assert_close(dsinks, torch.full_like(dsinks, 3.0))  # three rows, each of which is its sink alone
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_keys_that_no_row_sees_may_hold_anything(value, backend):
+    q, k, v = make(40, 60, 60)
+    for mask, hidden in (
+        (fa.Lengths(torch.tensor([50])), slice(50, 60)),
+        (fa.Padding(torch.arange(60)[None] >= 20, "left") & fa.Causal("bottom_right"), slice(0, 20)),
+        (fa.Dense((torch.arange(60) % 5 != 0).expand(40, 60)), slice(0, 60, 5)),
+        (fa.Documents(cu_seqlens=torch.tensor([0, 20, 40]), cu_seqlens_k=torch.tensor([0, 25, 50])), slice(50, 60)),
+    ):
+        expected = fa.attention(q, k, v, mask=mask)
+        spoiled_k, spoiled_v = k.clone(), v.clone()
+        spoiled_k[:, :, hidden] = value
+        spoiled_v[:, :, hidden] = value
+        x = [q.requires_grad_(), spoiled_k.requires_grad_(), spoiled_v.requires_grad_()]
+        out = fa.attention(*x, mask=mask, backend=backend)
+        assert_close(out, expected, **TOLERANCE)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), x))
+
+
+def test_nan_row_stays_nan_and_alone():
+    q, k, v = make(9, 9, 9, dtype=torch.float32)
+    q[0, 1, 4, 2] = float("nan")
+    for kwargs in ({}, dict(score=fa.Softcap(2.0)), dict(mask=fa.SlidingWindow(3, 0))):
+        out = fa.attention(q, k, v, **kwargs)
+        assert out[0, 1, 4].isnan().all()
+        out[0, 1, 4] = 0
+        assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4), (2, 2, 5, 0)])
+def test_zero_sizes(shape):
+    b, h, n, d = shape
+    q = torch.randn(b, h, n, d, requires_grad=True)
+    for n_k in (0, 3):
+        k, v = torch.randn(b, h, n_k, d, requires_grad=True), torch.randn(b, h, n_k, 6, requires_grad=True)
+        for kwargs in ({}, dict(mask=fa.SlidingWindow(1, 1, "top_left")), dict(score=fa.Softcap(2.0))):
+            out, lse = fa.attention(q, k, v, return_lse=True, **kwargs)
+            expected, expected_lse = fa.attention(q, k, v, return_lse=True, backend="reference", **kwargs)
+            assert_close(out, expected)
+            assert_close(lse, expected_lse)
+            grads = torch.autograd.grad(out.sum(), (q, k, v))
+            assert all(g.shape == x.shape for g, x in zip(grads, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize(("drift", "bar"), [(False, 2e-3), (True, 6e-3)])
+@pytest.mark.parametrize("score", [(), (fa.Bias(torch.zeros(1, 1)),)])
+def test_bf16_dq_where_keys_have_a_mean(drift, bar, score):
+    """delta from both halves of O: kernels that take it from O rounded to bf16 lose 12 % of dq here."""
+    g = torch.Generator().manual_seed(0)
+    n, d = 1024, 64
+    offset = 3 * torch.randn(1, 1, 1, d, generator=g) * (torch.linspace(-1, 1, n)[:, None] if drift else 1.0)
+    q, k, v, do = (torch.randn(1, 2, n, d, generator=g) for _ in range(4))
+    q, k, v, do = (x.bfloat16() for x in (q, k + offset, v + 3.0, do))
+    score = [s.with_params((s.params[0].clone().requires_grad_(),)) for s in score]  # a gradient: the other kernel
+    x = [y.requires_grad_() for y in (q, k, v)]
+    ours = torch.autograd.grad(fa.attention(*x, mask=fa.Causal(), score=score), x, do)
+    wide = [y.detach().double().requires_grad_() for y in x]
+    exact = torch.autograd.grad(fa.attention(*wide, mask=fa.Causal(), backend="reference"), wide, do.double())
+    assert errors(ours[0], exact[0])[1] <= bar
+    assert errors(ours[1], exact[1])[1] <= bar
+
+
+def test_explain_runs_nothing_and_tells():
+    q, k, v = make(5, 5, 5)
+    state = torch.get_rng_state()
+    told = fa.explain(q, k, v, mask=fa.Causal(), score=fa.Softcap(1.0), dropout_p=0.1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert told.backend == "tiled"
+    assert "no dropout" in str(told)
+    assert "softcap" in str(told)
+    assert fa.explain(q, k, v).reasons == ()
+    assert fa.explain(q, k, v, backend="reference").backend == "reference"
+
+
+def test_lowered_mask_is_shared_and_unchanged():
+    q, k, v = make(6, 6, 6)
+    mask = (fa.SinkTokens(1) | fa.SlidingWindow(2, 0)) & fa.Causal()
+    lowered = mask.lower(6, 6)
+    before = [x.clone() for x in lowered.tensors()]
+    for _ in range(2):
+        assert_close(fa.attention(q, k, v, mask=lowered), fa.attention(q, k, v, mask=mask))
+    assert all(torch.equal(a, b) for a, b in zip(before, lowered.tensors(), strict=True))
