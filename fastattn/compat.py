@@ -6,6 +6,7 @@ Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,26 @@ def nothing_watches() -> bool:
         or _function_modes()
         or in_dual_level()
     )
+
+
+def constant_in_graphs(fn: Any) -> Any:
+    """Decorator: what torch.compile meets of fn is its result. As torch.compiler.assume_constant_result, which however
+    imports the compiler, doubling the time that `import fastattn` takes."""
+    fn._dynamo_marked_constant = True
+    return fn
+
+
+def causal_bias_alignment(mask: Any) -> str | None:
+    """Which corner torch's CausalBias stands at: "top_left" or "bottom_right"; None for anything else.
+
+    Whoever holds one has loaded its module; loading it here would load the compiler too.
+    """
+    if mask is None or type(mask) is torch.Tensor:
+        return None
+    module = sys.modules.get("torch.nn.attention.bias")
+    if module is None or not isinstance(mask, module.CausalBias):
+        return None
+    return "top_left" if mask.variant == module.CausalVariant.UPPER_LEFT else "bottom_right"
 
 
 # Batched gradients (torch.autograd.grad(is_grads_batched=True), functional.jacobian(vectorize=True)) run on vmap's

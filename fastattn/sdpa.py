@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import dispatch, express
+from . import compat, dispatch, express
 from .functional import DTYPES, FULL, _autocast, _run, checked_scale
 from .masks import Causal, Dense, LoweredMask, Mask
 from .nested import is_jagged, nested_attention
@@ -57,7 +56,8 @@ def scaled_dot_product_attention(
         short = express.attend(query, key, value, is_causal, scale)
         if short is not None:
             return short
-    if not isinstance(attn_mask, CausalBias) and has_torch_function((query, key, value, attn_mask)):
+    align = compat.causal_bias_alignment(attn_mask)
+    if align is None and has_torch_function((query, key, value, attn_mask)):
         if is_jagged(query, key, value, attn_mask):
             if attn_mask is not None:
                 raise ValueError("attn_mask must be None for jagged nested tensors; is_causal is accepted")
@@ -77,8 +77,8 @@ def scaled_dot_product_attention(
     n_b, n_h, n_q, head_dim = q.shape
     mask: Mask = TOP_LEFT if is_causal else FULL
     chain: tuple[Score, ...] = ()
-    if isinstance(attn_mask, CausalBias):
-        mask = TOP_LEFT if attn_mask.variant == CausalVariant.UPPER_LEFT else BOTTOM_RIGHT
+    if align is not None:
+        mask = TOP_LEFT if align == "top_left" else BOTTOM_RIGHT
     elif attn_mask is not None:
         dense = _mask_tensor(attn_mask, q, k.shape[2], query.shape[:-2], leading)
         if dense.dtype == torch.bool:

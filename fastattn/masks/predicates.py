@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import compat
+
 
 class DensePredicate(NamedTuple):
     """True where visible."""
@@ -47,7 +49,7 @@ class CustomPredicate(NamedTuple):
 Predicate = DensePredicate | CustomPredicate
 
 
-@torch.compiler.assume_constant_result
+@compat.constant_in_graphs
 def function_key(fn: Any) -> str:
     """`module:qualname#hash8` of an importable function (or Triton function)."""
     return _function_key(fn)

@@ -61,6 +61,9 @@ class ALiBi(Additive, built_in="alibi"):
 def alibi_slopes(n_heads: int, device: torch.device | str | None = None) -> Tensor:
     """The slopes of the ALiBi paper: 2^(-8 (i + 1) / n) for a power of two, every second of the next one's in between.
 
+    Args:
+        n_heads: how many, at least 1. device: where they stand.
+
     Returns:
         float32 (n_heads,)
     """

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from .. import compat
+
 if TYPE_CHECKING:
     from ..backends.tile import Tile
 
@@ -134,7 +136,7 @@ class General(Score):
         raise NotImplementedError(f"{type(self).__name__} has parameters but does not define accumulate()")
 
 
-@torch.compiler.assume_constant_result
+@compat.constant_in_graphs
 def require_importable(cls: type[Score]) -> None:
     """Raise unless `cls` can be found again by its name: an operator carries the name, not the class.
 
@@ -151,7 +153,7 @@ def require_importable(cls: type[Score]) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@compat.constant_in_graphs
 def _source_key(cls: type[Score]) -> str:
     """`module:qualname#hash` of a user's class, so that compiled graphs do not outlive an edit of its source."""
     return f"{cls.key}#{_source_hash(cls)}"  # type: ignore[arg-type]

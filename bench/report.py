@@ -1,0 +1,25 @@
+"""Tables of a run put into a page, between the marks <!-- bench:NAME --> and <!-- /bench:NAME -->."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def insert(page: Path, sections: dict[str, str], caption: str) -> list[str]:
+    """Replace what stands between the marks of every section that the page has; returns their names.
+
+    Raises:
+        ValueError: the page has the marks of none of them.
+    """
+    text, done = page.read_text(), []
+    for name, section in sections.items():
+        pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
+        written = f"{section}\n\n{caption}\n".replace("\\", "\\\\")
+        text, count = pattern.subn(rf"\g<1>{written}\g<2>", text)
+        done += [name] * bool(count)
+    if not done:
+        marks = ", ".join(f"<!-- bench:{name} -->" for name in sections)
+        raise ValueError(f"{page} has none of the marks {marks}")
+    page.write_text(text)
+    return done

@@ -1,0 +1,103 @@
+"""Results as Markdown tables: numbers a reader can compare, a ratio only where it stands clear of the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .features import WHO
+from .features import Row as FeatureRow
+from .models import Row
+from .peers import OURS, PEERS
+from .targets import Row as TargetRow
+from .timing import Times
+from .training import Training
+
+MB = 1 << 20
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table; the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (head, rule, *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def seconds(t: Times) -> str:
+    """Median and spread."""
+    ms = t.median * 1e3
+    return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f} ±{t.spread:.0%}"
+
+
+def megabytes(n: int | None) -> str:
+    return "" if n is None else f"{n / MB:.{1 if n < 10 * MB else 0}f}"
+
+
+def models(rows: Sequence[Row]) -> str:
+    """Errors, our time, every peer's time as a multiple of it, and peak memory of ours and of torch's default."""
+    shown = [p.name for p in PEERS if p is not OURS and any(p.name in row.times for row in rows)]
+    head = ["workload", "pass", "error", "plain's", "ms", *shown, "MB", "sdpa MB", "plain MB"]
+    lines = []
+    for row in rows:
+        ratios = [str(row.ratio(name) or "-") for name in shown]
+        ms = seconds(row.times[OURS.name]) if OURS.name in row.times else "-"
+        sizes = [megabytes(row.memory.get(name)) for name in (OURS.name, "sdpa", "plain")]
+        name = row.workload if row.direction == "forward" else ""
+        short = "fwd" if row.direction == "forward" else "fwd+bwd"
+        lines.append([name, short, f"{row.error:.1e}", f"{row.plain_error:.1e}", ms, *ratios, *sizes])
+    return markdown(head, lines)
+
+
+def shapes(rows: Sequence[Row]) -> str:
+    """What each workload is."""
+    seen = {row.workload: (row.model, row.shape) for row in rows}
+    return "\n".join(f"- {name}: {model}: {shape}" for name, (model, shape) in seen.items())
+
+
+def reasons(rows: Sequence[Row]) -> str:
+    """Why a peer has no number, each reason once."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for peer, reason in row.reasons.items():
+            where.setdefault((peer, reason), []).append(f"{row.workload} {row.direction}")
+    lines = []
+    for (peer, reason), cells in where.items():
+        places = "everywhere" if len(cells) == len(rows) else ", ".join(cells[:4]) + (", ..." if len(cells) > 4 else "")
+        lines.append(f"- {peer}: {reason} ({places})")
+    return "\n".join(lines)
+
+
+def targets(rows: Sequence[TargetRow]) -> str:
+    """Each promise with what was measured."""
+    head = ["case", "L", "dtype", "pass", "fastattn ms", "torch ms", "torch / fastattn", "2 threads, wall", "target", ""]
+    lines = []
+    for row in rows:
+        t = row.target
+        times = [f"{x.median * 1e6:.0f} us" if t.overhead else f"{x.median * 1e3:.1f}" for x in (row.ours, row.torchs)]
+        value = f"{row.value:+.1f} us" if t.overhead else f"{row.value:.2f}x"
+        bound = f"<= {t.bound:g} us" if t.overhead else f">= {t.bound:g}x"
+        wall = "" if row.wall is None else f"{row.wall.value:.2f}x"
+        direction = "fwd+bwd" if t.gradients else "fwd"
+        verdict = "met" if row.met else "missed"
+        lines.append([t.name, str(t.length), str(t.dtype)[6:], direction, *times, value, wall, bound, verdict])
+    return markdown(head, lines)
+
+
+def features(rows: Sequence[FeatureRow]) -> str:
+    """Peak memory beside torch's."""
+    head = ["feature", *(f"{who} MB" for who in WHO), "torch / fastattn"]
+    lines = []
+    for row in rows:
+        ours, torchs = (row.memory[who] for who in WHO)
+        factor = f"{torchs / ours:.1f}x" if ours and torchs else "-"
+        lines.append([row.feature, megabytes(ours), megabytes(torchs), factor])
+    return markdown(head, lines)
+
+
+def training(t: Training) -> str:
+    """Both runs side by side, every tenth step."""
+    steps = len(t.losses["torch"])
+    marks = sorted({0, *range(9, steps, 10), steps - 1})
+    lines = [[str(i + 1), *(f"{t.losses[who][i]:.4f}" for who in t.losses)] for i in marks]
+    lines.append(["seconds", *(f"{sum(t.seconds[who]):.1f}" for who in t.seconds)])
+    return markdown(["step", *(f"loss on {who}" for who in t.losses)], lines)

@@ -1,0 +1,143 @@
+"""Times that can be compared: the candidates take turns, round by round, and a ratio comes with its interval.
+
+On a CPU the figure is the process's CPU time, which other programs on the machine hardly move; wall time stands beside it.
+On CUDA it is the time between two events, after the L2 cache was overwritten.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MIN_ROUNDS = 5
+MAX_ROUNDS = 101
+SLOW_ROUNDS = 3  # of a candidate that would use up the time by itself
+L2_BYTES = 256 << 20
+Calls = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one candidate, a value a round; `wall` likewise."""
+
+    seconds: tuple[float, ...]
+    wall: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def wall_median(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, as a share of the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer the peer took: the median over rounds, and where it lies with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the run can tell the two apart."""
+        return self.low > 1.0 or self.high < 1.0
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x" if self.clear else "same"
+
+
+def ratio(ours: Times, peer: Times, wall: bool = False) -> Ratio:
+    """Peer over ours from rounds in which both ran. The interval is that of order statistics: no distribution assumed."""
+    pairs = zip(ours.wall, peer.wall) if wall else zip(ours.seconds, peer.seconds)  # the rounds that both took part in
+    values = sorted(b / a for a, b in pairs)
+    n = len(values)
+    cut = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
+    return Ratio(statistics.median(values), values[cut], values[n - 1 - cut])
+
+
+@contextmanager
+def threads(n: int | None) -> Iterator[None]:
+    """torch with n CPU threads inside; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if n is None else n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(calls: Calls, seconds: float, device: str = "cpu", rounds: int | None = None) -> dict[str, Times]:
+    """Every call's times, taken in turns, the first to go changing from round to round.
+
+    Args:
+        calls: by name, the most important first; each is run twice before anything is timed.
+        seconds: about how long to go on, MIN_ROUNDS rounds at least. A slow candidate stops after SLOW_ROUNDS, but
+            never the first.
+        rounds: a fixed number of rounds instead.
+    """
+    clock = _Cuda() if device == "cuda" else _cpu
+    names = list(calls)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    slow = set()
+    for name, call in calls.items():
+        call()
+        begin = time.perf_counter()
+        call()
+        if rounds is None and (time.perf_counter() - begin) * MIN_ROUNDS * len(calls) > seconds:
+            slow.add(name)
+    slow -= {names[0]}
+    start = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds or MAX_ROUNDS):
+            if rounds is None and turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+                break
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                if turn < SLOW_ROUNDS or name not in slow:
+                    taken[name].append(clock(calls[name]))
+    finally:
+        gc.enable()
+    return {name: Times(tuple(a for a, _ in pairs), tuple(b for _, b in pairs)) for name, pairs in taken.items()}
+
+
+def _cpu(call: Callable[[], Any]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+class _Cuda:
+    """CUDA events around a call on a cold L2 cache."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], Any]) -> tuple[float, float]:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        self.flush.zero_()
+        wall = time.perf_counter()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, time.perf_counter() - wall

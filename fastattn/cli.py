@@ -1,0 +1,172 @@
+"""The command line: info, explain, bench and report.
+
+python -m fastattn info
+python -m fastattn explain --q 1,32,1024,128 --k 1,8,1024,128 --dtype bfloat16 --mask "Causal()"
+python -m fastattn bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import environment, functional, masks, scores
+from .bench import SUITES
+
+DTYPES = {str(t)[6:]: t for t in functional.DTYPES}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 where the arguments do not fit."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError) as error:
+        print(f"fastattn {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def info(options: argparse.Namespace) -> int:
+    """Versions, machine and backends."""
+    facts = environment.describe()
+    if options.json:
+        print(json.dumps({**facts, "backends": environment.backends()}, indent=1))
+        return 0
+    rows = {**facts, **{f"backend {name}": line for name, line in environment.backends().items()}}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {'no' if value is None else value}")
+    return 0
+
+
+def explain(options: argparse.Namespace) -> int:
+    """What a call of these shapes would run."""
+    q_shape = options.q
+    k_shape = options.k or q_shape
+    v_shape = options.v or k_shape
+    dtype = DTYPES[options.dtype]
+    q, k, v = (torch.empty(shape, dtype=dtype, device=options.device) for shape in (q_shape, k_shape, v_shape))
+    mask = None if options.mask is None else written(options.mask, masks, "--mask")
+    score = [written(text, scores, "--score") for text in options.score]
+    print(functional.explain(q, k, v, mask=mask, score=score, dropout_p=options.dropout, backend=options.backend))
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Run benchmark suites and write their results."""
+    from .bench import suite
+    from .bench.workloads import MODELS
+
+    if options.list:
+        for w in MODELS:
+            print(f"{w.name:<14} {w.model}: {w}")
+        return 0
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    suites = tuple(dict.fromkeys(options.suites)) or suite.DEFAULT
+    if "all" in suites:
+        suites = suite.SUITES
+    chosen = suite.Options(
+        suites=suites,
+        only=tuple(options.only),
+        minutes=options.minutes,
+        quick=options.quick,
+        compiled=not options.no_compile,
+        threads=options.threads,
+        device=device,
+    )
+    results = suite.run(chosen)
+    print("  ".join(f"{name} {results.environment[name]}" for name in ("fastattn", "torch", "cpu", "gpu", "threads")))
+    for name, section in results.sections().items():
+        print(f"\n## {name}\n\n{section}")
+    written_files = suite.write(results, options.out)
+    for note in results.notes:
+        print(f"\nnote: {note}")
+    print(f"\nwritten: {', '.join(map(str, written_files))}")
+    if options.into is not None:
+        _insert(results.sections(), results.environment, options.into)
+    return 0
+
+
+def written(text: str, module: Any, argument: str) -> Any:
+    """A mask or score from the text of its construction, such as "Causal() & SlidingWindow(255, 0)".
+
+    Only names of `module`, literals, & and | count; nothing else is evaluated.
+
+    Raises:
+        ValueError: the text is none.
+    """
+
+    def read(node: ast.expr) -> Any:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+            left, right = read(node.left), read(node.right)
+            return left & right if isinstance(node.op, ast.BitAnd) else left | right
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in module.__all__:
+            keywords = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+            return getattr(module, node.func.id)(*map(ast.literal_eval, node.args), **keywords)
+        raise ValueError(ast.unparse(node))
+
+    try:
+        return read(ast.parse(text, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"{argument} {text!r} is not an expression") from error
+    except ValueError as error:
+        raise ValueError(f'{argument} {text!r}: cannot read {error}; an example: "Causal()"') from error
+
+
+def _insert(sections: dict[str, str], facts: dict[str, Any], page: Path) -> None:
+    from .bench import report
+
+    caption = (
+        f"Measured {facts['date']} by `{facts['command']}` on {facts['cpu']} ({facts['cpu capability']}), "
+        f"torch {facts['torch']}, fastattn {facts['fastattn']}."
+    )
+    print(f"put into {page}: {', '.join(report.insert(page, sections, caption))}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is written as 1,8,1024,64, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastattn", description="Exact attention for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("info", help="versions, machine and backends")
+    one.add_argument("--json", action="store_true", help="as JSON")
+    one.set_defaults(run=info)
+
+    one = commands.add_parser("explain", help="what a call would run, and why not something else")
+    one.add_argument("--q", type=_shape, required=True, metavar="B,H,L,D", help="shape of q")
+    one.add_argument("--k", type=_shape, metavar="B,H,L,D", help="shape of k (default: q's)")
+    one.add_argument("--v", type=_shape, metavar="B,H,L,D", help="shape of v (default: k's)")
+    one.add_argument("--dtype", choices=DTYPES, default="float32")
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--mask", help='for instance "Causal() & SlidingWindow(255, 0)"')
+    one.add_argument("--score", action="append", default=[], help='for instance "Softcap(50.0)"; may be repeated')
+    one.add_argument("--dropout", type=float, default=0.0, metavar="P")
+    one.add_argument("--backend", help="ask for a backend by name")
+    one.set_defaults(run=explain)
+
+    one = commands.add_parser("bench", help="errors against float64 and times beside torch's attention")
+    one.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)} or all (default: models training)")
+    one.add_argument("--quick", action="store_true", help="a few rounds of everything: to see that it runs")
+    one.add_argument("--minutes", type=float, default=3.0, help="about how long to time a suite (default 3)")
+    one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
+    one.add_argument("--list", action="store_true", help="list the workloads and stop")
+    one.add_argument("--no-compile", action="store_true", help="leave out peers that compile first (FlexAttention)")
+    one.add_argument("--threads", type=int, default=1, help="torch's CPU threads (default 1)")
+    one.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    one.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for JSON, tables and picture")
+    one.add_argument("--into", type=Path, metavar="PAGE", help="also put the tables between the marks of a Markdown page")
+    one.set_defaults(run=bench)
+    return parser

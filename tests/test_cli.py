@@ -1,0 +1,91 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastattn as fa
+from fastattn import cli, masks, scores
+
+ROOT = Path(fa.__file__).parent.parent
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in (fa.__version__, "torch", "backend tiled", "backend reference"):
+        assert word in out
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fastattn"] == fa.__version__
+    assert set(facts["backends"]) == {"tiled", "reference"}
+
+
+def test_explain(capsys):
+    arguments = ["--q", "1,4,64,16", "--k", "1,2,80,16", "--v", "1,2,80,8", "--dtype", "bfloat16"]
+    assert cli.main(["explain", *arguments, "--mask", "Causal('bottom_right') & SlidingWindow(15, 0, 'bottom_right')"]) == 0
+    out = capsys.readouterr().out
+    assert "v (1, 2, 80, 8) bfloat16 on cpu" in out
+    assert "backend: tiled" in out
+
+
+def test_explain_scores(capsys):
+    assert cli.main(["explain", "--q", "1,4,64,16", "--score", "Softcap(30.0)", "--dropout", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "softcap" in out
+    assert "dropout 0.1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--q", "1,4,64,16", "--mask", "Causall()"], "--mask 'Causall()': cannot read Causall()"),
+        (["--q", "1,4,64,16", "--mask", "Causal("], "--mask 'Causal(' is not an expression"),
+        (["--q", "1,4,64,16", "--mask", "__import__('os')"], "cannot read __import__"),
+        (["--q", "1,4,64,16", "--mask", "Causal(align='upper')"], "align"),
+        (["--q", "1,4,64,16", "--k", "1,3,64,16"], "multiple"),
+        (["--q", "4,64,16"], "4 dimensions"),
+        (["--q", "1,4,64,16", "--backend", "cuda"], "backend must be None or one of"),
+    ],
+)
+def test_explain_errors(capsys, arguments, words):
+    assert cli.main(["explain", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_shapes_are_read():
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--q", "1,a"])
+
+
+def test_written_masks_and_scores():
+    mask = cli.written("SinkTokens(4) | SlidingWindow(left=3, right=0)", masks, "--mask")
+    assert mask.to_dense(8, 8).sum() > 8
+    assert cli.written("Softcap(2.0)", scores, "--score").floats == (2.0,)
+
+
+def test_bench_list(capsys):
+    assert cli.main(["bench", "--list"]) == 0
+    assert "llama3-8b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["bench", "modls"], "no suite is named modls"), (["bench", "--only", "x"], "no workload is named x")],
+)
+def test_bench_errors(capsys, arguments, words):
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fastattn", "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    for command in ("info", "explain", "bench"):
+        assert command in done.stdout
