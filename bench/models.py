@@ -120,7 +120,7 @@ def _row(w: Workload, x: Inputs, direction: str, exact: Any, yardstick: float, s
         if reason is None:
             try:
                 call = peer.build(w, x if gradients else x.detached())
-                error = _error(call, x, gradients, exact)
+                error = yardstick if peer is PLAIN else _error(call, x, gradients, exact)
             except Exception as raised:  # a peer's failure is a cell of the table
                 reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
             else:

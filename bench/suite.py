@@ -26,7 +26,7 @@ class Options:
 
     Attributes:
         suites: of SUITES. only: names of workloads, all by default.
-        minutes: about how long timing goes on; compiling and memory come on top.
+        minutes: about how long a suite takes; slow peers and compiling may take it further.
         quick: one round of everything and few training steps: to see that it runs.
         threads: torch's CPU threads while models are timed.
     """
@@ -128,7 +128,7 @@ def write(results: Results, out: Path) -> list[Path]:
 
 
 def _models(options: Options, chosen: list[models.Workload], results: Results) -> None:
-    share = 0.0 if options.quick else 60 * options.minutes * 0.6
+    share = 0.0 if options.quick else 60 * options.minutes * 0.35
     with Progress("models", 2 * len(chosen)) as bar:
         for row in models.run(chosen, options.device, share, options.compiled and not options.quick):
             results.models.append(row)

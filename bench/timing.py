@@ -87,7 +87,7 @@ def interleave(calls: Calls, seconds: float, device: str = "cpu", rounds: int | 
     """Every call's times, taken in turns, the first to go changing from round to round.
 
     Args:
-        calls: by name, the most important first; each is run twice before anything is timed.
+        calls: by name, the most important first; each is run once before anything is timed.
         seconds: about how long to go on, MIN_ROUNDS rounds at least. A slow candidate stops after SLOW_ROUNDS, but
             never the first.
         rounds: a fixed number of rounds instead.
@@ -97,7 +97,6 @@ def interleave(calls: Calls, seconds: float, device: str = "cpu", rounds: int | 
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     slow = set()
     for name, call in calls.items():
-        call()
         begin = time.perf_counter()
         call()
         if rounds is None and (time.perf_counter() - begin) * MIN_ROUNDS * len(calls) > seconds:

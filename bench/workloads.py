@@ -76,7 +76,7 @@ MODELS = (
     Workload("vit-b16", "ViT-B/16 at 224 px", 8, 12, 12, 197, 64),
     Workload("whisper-small", "Whisper small encoder, 30 s", 1, 12, 12, 1500, 64),
     Workload("packed", "GPT-2 small, packed documents", 1, 12, 12, 2048, 64, causal=True, documents=8),
-    Workload("long-window", "sliding window, long context", 1, 8, 2, 4096, 64, causal=True, window=512),
+    Workload("long-window", "sliding window, long context", 1, 4, 1, 4096, 64, causal=True, window=512),
 )
 
 

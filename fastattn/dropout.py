@@ -29,22 +29,15 @@ def philox(key0: Tensor | int, key1: Tensor | int, c0: Tensor, c1: Tensor, c2: T
         Four words, int64 tensors of uint32 values, each in the broadcast shape.
     """
     for i in range(ROUNDS):
-        # int64 wraps, and its 64 bits are those of the unsigned product; bits above a word are cleared once, at the end
+        # int64 wraps, and its 64 bits are those of the unsigned product; bits above a word are cleared after mixing
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = _mixed(product1 >> 32, c1, key0)
-        c2 = _mixed(product0 >> 32, c3, key1)
+        c0 = ((product1 >> 32) ^ c1 ^ key0) & _WORD
+        c2 = ((product0 >> 32) ^ c3 ^ key1) & _WORD
         c1, c3 = product1, product0
         key0, key1 = (key0 + _KEY_STEPS[0]) & _WORD, (key1 + _KEY_STEPS[1]) & _WORD
         if i == ROUNDS - 1:
             return c0, c1 & _WORD, c2, c3 & _WORD
     raise AssertionError
-
-
-def _mixed(high: Tensor, word: Tensor, key: Tensor | int) -> Tensor:
-    """high ^ word ^ key, 32 bits of it; high is overwritten where it has the shape already."""
-    if high.shape == torch.broadcast_shapes(high.shape, word.shape, key.shape if isinstance(key, Tensor) else ()):
-        return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_WORD)
-    return (high ^ word ^ key) & _WORD
 
 
 def threshold(p: float) -> int:
@@ -81,16 +74,15 @@ def _keep(p: float, key0: Tensor, key1: Tensor, b: Tensor, h: Tensor, q: Tensor,
     k = (k & _WORD).flatten()
     fours, which = torch.unique_consecutive(k >> 2, return_inverse=True)
     n_q, n_b = q.shape[2], max(x.shape[0] for x in (key0, b, h, q))
-    kept = torch.empty(n_b, h.shape[1], n_q, len(fours), 4, dtype=torch.bool, device=q.device)
+    parts = []
     step = max(1, _CHUNK // max(1, n_b * h.shape[1] * len(fours)))
     counter0, counter2 = fours[None, None, None], h & _WORD
-    for start in range(0, n_q, step):
+    for start in range(0, max(n_q, 1), step):
         rows = slice(start, start + step)
         counter3 = (b if b.shape[2] == 1 else b[:, :, rows]) & _WORD
         words = philox(key0, key1, counter0, q[:, :, rows] & _WORD, counter2, counter3)
-        for i, word in enumerate(words):
-            kept[:, :, rows, :, i] = word >= threshold(p)
-    kept = kept.flatten(3)
+        parts.append(torch.stack([word >= threshold(p) for word in words], -1))  # (B|1, H, rows, fours, 4)
+    kept = torch.cat(parts, 2).flatten(3) if len(parts) > 1 else parts[0].flatten(3)
     index = which * 4 + (k & 3)
     if len(index) and torch.equal(index, torch.arange(len(index), device=index.device) + index[0]):
         return kept.narrow(3, int(index[0]), len(index))

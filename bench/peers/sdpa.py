@@ -36,7 +36,9 @@ class Sdpa(Peer):
         if self.kernel == "flash":
             if w.relative and gradients:
                 return "no gradient to a bias"
-            if device == "cuda" and not w.plain:
+            if device == "cpu":
+                return "what sdpa chooses by itself"
+            if not w.plain:
                 return "no mask tensor"
         return None
 

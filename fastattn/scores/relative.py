@@ -46,7 +46,20 @@ class RelativeBias(Additive, built_in="relative"):
         """The table's entry for every pair. # int64 (B|1, 1, rows, keys)"""
         return (tile.k - tile.q + self.ints[0]).clamp(0, self.params[0].shape[-1] - 1)
 
+    def _diagonals(self, tile: Tile) -> Tensor | None:
+        """The table's entries from the tile's lowest k - q to its highest; None where coordinates have gaps.
+        # int64 (rows + keys - 1,)"""
+        q, k = tile.q_range, tile.k_range
+        if q is None or k is None or q.stop <= q.start or k.stop <= k.start:
+            return None
+        distance = torch.arange(k.start - q.stop + 1, k.stop - q.start, device=tile.device)
+        return (distance + self.ints[0]).clamp_(0, self.params[0].shape[-1] - 1)
+
     def term(self, tile: Tile) -> Tensor:
+        diagonals = self._diagonals(tile)
+        if diagonals is not None:  # the last row's keys start at the lowest distance, every row above one higher
+            values = tile.heads(self.params[0])[:, :, diagonals].to(tile.dtype)
+            return values.unfold(2, tile.k.shape[3], 1).flip(2)
         table, at = tile.heads(self.params[0]).to(tile.dtype), self._entries(tile)
         if at.shape[0] == 1:
             return table[:, :, at[0, 0]]
@@ -55,16 +68,39 @@ class RelativeBias(Additive, built_in="relative"):
         return table.expand(n_b, -1, -1).gather(2, flat).view(n_b, n_h, *at.shape[2:])
 
     def accumulate(self, grads: list[Tensor], g: Tensor, tile: Tile) -> None:
-        target, at = tile.heads(grads[0]), self._entries(tile)
+        target = tile.heads(grads[0])
         if target.shape[1] == 1 and g.shape[1] != 1:
             g = g.sum(1, keepdim=True)
+        if target.shape[0] == 1 and g.shape[0] != 1 and tile.k.shape[0] == 1 and tile.q.shape[0] == 1:
+            g = g.sum(0, keepdim=True)
+        diagonals = self._diagonals(tile)
+        if diagonals is not None:
+            first, last = int(diagonals[0]), int(diagonals[-1])
+            wider = g.dtype if g.device.type == "mps" else torch.float64  # the table's ends sum many terms
+            wide = g.new_zeros(*g.shape[:2], last - first + 1, dtype=wider)
+            wide.index_add_(2, diagonals - first, _diagonal_sums(g).to(wider))
+            target[:, :, first : last + 1] += wide.to(target.dtype)
+            return
+        at = self._entries(tile)
         if at.shape[0] == 1:
-            if target.shape[0] == 1 and g.shape[0] != 1:
-                g = g.sum(0, keepdim=True)
             target.index_add_(2, at.flatten(), g.flatten(2))
             return
         for b in range(at.shape[0]):
             target[b % target.shape[0]].index_add_(1, at[b].flatten(), g[b].flatten(1))
+
+
+def _diagonal_sums(g: Tensor) -> Tensor:
+    """Sums along the diagonals of the last two dimensions, the lower left corner's first. # (..., rows + keys - 1)
+
+    Every row is laid one place further left than the row above, in rows of zeros that are as long as there are
+    diagonals: then a diagonal is a column.
+    """
+    rows, keys = g.shape[-2:]
+    width = rows + keys - 1
+    flat = g.new_zeros(*g.shape[:-2], rows * width)
+    lead = flat.stride()[:-1]
+    flat.as_strided(g.shape, (*lead, width - 1, 1), flat.storage_offset() + rows - 1).copy_(g)
+    return flat.unflatten(-1, (rows, width)).sum(-2)
 
 
 def t5_bucket(distance: Tensor, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
