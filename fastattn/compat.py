@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -126,6 +126,36 @@ def causal_bias_alignment(mask: Any) -> str | None:
     if module is None or not isinstance(mask, module.CausalBias):
         return None
     return "top_left" if mask.variant == module.CausalVariant.UPPER_LEFT else "bottom_right"
+
+
+# Reads and writes the dispatch keys that this thread leaves out.
+_is_left_out: Callable[[Any], bool] | None = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
+_leave_out: Callable[[Any, bool], None] | None = getattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded", None)
+_AUTOGRAD = [
+    getattr(torch._C.DispatchKey, name)
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+    if hasattr(torch._C.DispatchKey, name)
+]
+
+
+@contextlib.contextmanager
+def autograd_inside_operators() -> Iterator[None]:
+    """Autograd works on what is made inside, also below the Autograd keys, in an operator's own kernel.
+
+    Raises:
+        NotImplementedError: this torch has no way to say so.
+    """
+    if _is_left_out is None or _leave_out is None or not _AUTOGRAD:
+        raise NotImplementedError("this version of torch cannot differentiate inside an operator")
+    before = [_is_left_out(key) for key in _AUTOGRAD]
+    for key in _AUTOGRAD:
+        _leave_out(key, False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for key, was in zip(_AUTOGRAD, before):
+            _leave_out(key, was)
 
 
 # Batched gradients (torch.autograd.grad(is_grads_batched=True), functional.jacobian(vectorize=True)) run on vmap's

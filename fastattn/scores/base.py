@@ -90,22 +90,32 @@ class Score:
 
 
 class Pointwise(Score):
-    """s -> f(s) for each element. A subclass gives `value` and `derivs`."""
+    """s -> f(s) for each element. A subclass gives `value`, and `derivs` where it knows better than autograd."""
 
     def value(self, s: Tensor) -> Tensor:
-        """f(s)"""
+        """f(s), in torch operations."""
         raise NotImplementedError(f"{type(self).__name__} does not define value()")
 
     def derivs(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(f(s), f'(s), f''(s))"""
-        raise NotImplementedError(f"{type(self).__name__} does not define derivs()")
+        with compat.autograd_inside_operators():
+            s = s.detach().requires_grad_()
+            f = self.value(s)
+            (first,) = torch.autograd.grad(f.sum(), s, create_graph=True)
+            second = torch.zeros_like(s)
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first.sum(), s, allow_unused=True, materialize_grads=True)
+        return f.detach(), first.detach(), second
 
 
 class Additive(Score):
-    """s -> s + t. A subclass with parameters keeps t linear in them; what is not linear is a General."""
+    """s -> s + t. A subclass gives `term`, and `accumulate` where it knows better than autograd.
+
+    t is linear in the parameters; what is not is a General.
+    """
 
     def term(self, tile: Tile) -> Tensor:
-        """t on a tile: broadcastable to (B, H, rows, keys), in tile.dtype. Uses self.params."""
+        """t on a tile, in torch operations: broadcastable to (B, H, rows, keys), in tile.dtype. Uses self.params."""
         raise NotImplementedError(f"{type(self).__name__} does not define term()")
 
     def accumulate(self, grads: list[Tensor], g: Tensor, tile: Tile) -> None:
@@ -115,25 +125,47 @@ class Additive(Score):
             grads: zeros or earlier sums, shaped like params, in tile.dtype.
             g: (B, H, rows, keys)
         """
-        raise NotImplementedError(f"{type(self).__name__} has parameters but does not define accumulate()")
+        with compat.autograd_inside_operators():
+            params = _leaves(self.params, tile)
+            term = self.with_params(params).term(tile)
+            found = torch.autograd.grad(term, params, g.sum_to_size(term.shape), allow_unused=True)
+        _add(grads, found)
 
 
 class General(Score):
-    """s -> f(s, tile), with f' and the parameters' gradients. First order only."""
+    """s -> f(s, tile), each element of its own. First order only. A subclass gives `value`, the rest where it knows better."""
 
     order = 1
 
     def value(self, s: Tensor, tile: Tile) -> Tensor:
-        """f"""
+        """f, in torch operations: of s's shape. Uses self.params."""
         raise NotImplementedError(f"{type(self).__name__} does not define value()")
 
     def derivs(self, s: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """(f, df/ds)"""
-        raise NotImplementedError(f"{type(self).__name__} does not define derivs()")
+        with compat.autograd_inside_operators():
+            s = s.detach().requires_grad_()
+            f = self.value(s, tile)
+            (first,) = torch.autograd.grad(f.sum(), s, allow_unused=True, materialize_grads=True)
+        return f.detach(), first
 
     def accumulate(self, grads: list[Tensor], g: Tensor, s: Tensor, tile: Tile) -> None:
         """grads[i] += the gradient of sum(g * f(s, tile)) by params[i]."""
-        raise NotImplementedError(f"{type(self).__name__} has parameters but does not define accumulate()")
+        with compat.autograd_inside_operators():
+            params = _leaves(self.params, tile)
+            f = self.with_params(params).value(s.detach(), tile)
+            found = torch.autograd.grad(f, params, g, allow_unused=True)
+        _add(grads, found)
+
+
+def _leaves(params: tuple[Tensor, ...], tile: Tile) -> tuple[Tensor, ...]:
+    return tuple(x.detach().to(tile.dtype).requires_grad_() for x in params)
+
+
+def _add(grads: list[Tensor], found: tuple[Tensor | None, ...]) -> None:
+    for total, part in zip(grads, found, strict=True):
+        if part is not None:
+            total += part
 
 
 @compat.constant_in_graphs
