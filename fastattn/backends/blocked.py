@@ -196,7 +196,7 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     if p.sinks is None:
         lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype, device=p.q.device)
     else:
-        lse = p.sinks.to(p.acc_dtype)[:, :, None].expand(shape[:3]).contiguous()
+        lse = p.sinks.to(p.acc_dtype)[:, :, None].expand(shape[:3]).clone(memory_format=torch.contiguous_format)
     for chunk in _chunks(p):
         k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
         lse_chunk = q_part(lse, chunk)
