@@ -1,16 +1,18 @@
-"""The four verbs as operators, and how they differentiate each other.
+"""The verbs as operators, and how they differentiate each other.
 
     fwd        (out, lse) from the inputs                     torch.ops.fastattn.fwd
     bwd        gradients of the inputs                        .bwd
     fwd_jvp    tangents of (out, lse)                         .fwd_jvp
     bwd_jvp    tangents of bwd's gradients                    .bwd_jvp
+    fwd_jvp2   tangents of fwd_jvp's tangents                 .fwd_jvp2
 
-The Hessian of <w, (out, lse)> is symmetric, so these four are closed under everything of second order:
+The Hessian of <w, (out, lse)> is symmetric, so the first four are closed under all of second order but the last:
 
     jvp of fwd            fwd_jvp
     vjp of bwd            fwd_jvp for its cotangents' gradient, bwd_jvp for the inputs'
     jvp of bwd            bwd_jvp, with the tangents of out and lse that are there already
     vjp of fwd_jvp        bwd_jvp for the inputs' gradient, bwd for the tangents'
+    jvp of fwd_jvp        fwd_jvp2
 
 and a third order raises. Each operator's Autograd kernel is an autograd.Function of our own: one node under
 torch.compile, and every transform of torch.func passes. Functions track top-level tensors only, so lists are laid flat.
@@ -26,13 +28,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import compat, dispatch
-from .problem import LOW, Problem, Tangents, empty_like_layout, parse, unpack, with_param_grads
+from .problem import LOW, Problem, Tangents, ThreeTangents, empty_like_layout, parse, unpack, with_param_grads
 
 LIB = torch.library.Library("fastattn", "DEF")
 _STATICS = "str spec, float scale, float dropout_p, SymInt[] ints, float[] floats"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor[] mask, Tensor[] params, Tensor? sinks, Tensor? rng"
 _OUTPUTS = "Tensor out, Tensor lse, Tensor out_lo"
 _TANGENTS = "Tensor? tq, Tensor? tk, Tensor? tv, Tensor?[] tparams, Tensor? tsinks"
+_MORE_TANGENTS = ", ".join(_TANGENTS.replace(" t", f" t{which}_") for which in ("two", "both"))
 _GRADS = "(Tensor, Tensor, Tensor, Tensor[], Tensor[])"
 
 for _schema in (
@@ -41,6 +44,8 @@ for _schema in (
     f"fwd_jvp({_INPUTS}, {_OUTPUTS}, {_TANGENTS}, {_STATICS}) -> (Tensor, Tensor)",
     f"bwd_jvp(Tensor? do, Tensor? dlse, Tensor? tdo, Tensor? tdlse, {_INPUTS}, {_OUTPUTS}, {_TANGENTS}, "
     f"Tensor? tout, Tensor? tlse, {_STATICS}) -> {_GRADS}",
+    f"fwd_jvp2({_INPUTS}, {_OUTPUTS}, {_TANGENTS}, {_MORE_TANGENTS}, Tensor? tlse, Tensor? ttwo_lse, {_STATICS}) "
+    "-> (Tensor, Tensor)",
 ):
     LIB.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -48,6 +53,7 @@ FWD = torch.ops.fastattn.fwd.default
 BWD = torch.ops.fastattn.bwd.default
 FWD_JVP = torch.ops.fastattn.fwd_jvp.default
 BWD_JVP = torch.ops.fastattn.bwd_jvp.default
+FWD_JVP2 = torch.ops.fastattn.fwd_jvp2.default
 
 
 def attention_op(p: Problem) -> tuple[Tensor, Tensor]:
@@ -95,6 +101,13 @@ def _bwd_jvp_device(
     return _grads_tuple(
         dispatch.verbs(p.backend).backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse)
     )
+
+
+def _fwd_jvp2_device(q, k, v, mask, params, sinks, rng, out, lse, out_lo, *rest):
+    tangents, (tlse_one, tlse_two, *statics) = rest[:15], rest[15:]
+    p = unpack(q, k, v, mask, params, sinks, rng, *statics)
+    three = ThreeTangents(*(Tangents(*tangents[i : i + 5]) for i in (0, 5, 10)))
+    return dispatch.verbs(p.backend).forward_jvp2(p, three, out, lse, out_lo, tlse_one, tlse_two)
 
 
 # What the shapes are
@@ -295,6 +308,7 @@ class _FwdJvp(torch.autograd.Function):
         ctx.s = inputs[0]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_forward(*inputs[1:], *output)
 
     @staticmethod
     def backward(ctx, do, dlse):
@@ -325,11 +339,17 @@ class _FwdJvp(torch.autograd.Function):
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            "attention has no forward mode over forward mode, and no third order; take second derivatives as forward over "
-            "reverse (torch.func.jvp of torch.func.grad, jacfwd of jacrev), reverse over reverse or reverse over forward"
-        )
+    def jvp(ctx, _, tq2, tk2, tv2, tsinks2, trng, tout2, tlse2, tout_lo, q12, k12, v12, sinks12, *tflat):
+        s = ctx.s
+        q, k, v, sinks, rng, out, lse, out_lo, tq, tk, tv, tsinks, *flat, _, tlse = map(compat.primal, ctx.saved_tensors)
+        mask, params = s.lists(flat)
+        n = s.n_mask + s.n_params
+        inputs = (q, k, v, mask, params, sinks, rng, out, lse, out_lo)
+        two = (tq2, tk2, tv2, s.lists(tflat)[1], tsinks2)
+        if tlse2 is None and any(x is not None for x in (tq2, tk2, tv2, tsinks2, *two[3])):
+            tlse2 = FWD_JVP(*inputs, *two, *s.tail())[1]
+        both = (q12, k12, v12, list(tflat[n:]), sinks12)
+        return FWD_JVP2(*inputs, tq, tk, tv, list(flat[n:]), tsinks, *two, *both, tlse, tlse2, *s.tail())
 
 
 def _fwd_jvp_autograd(
@@ -393,6 +413,44 @@ def _bwd_jvp_autograd(
     return flat[0], flat[1], flat[2], list(flat[3 : 3 + n]), list(flat[3 + n :])
 
 
+_LISTS = {3: "n_mask", 4: "n_params", 13: "n_params", 18: "n_params", 23: "n_params"}  # fwd_jvp2's arguments that are lists
+_N_TENSORS = 27  # its arguments before the statics
+
+
+def _nested(s: _Statics, flat: Any) -> list[Any]:
+    """fwd_jvp2's arguments from their tensors in a row."""
+    rest, arguments = iter(flat), []
+    for i in range(_N_TENSORS):
+        arguments.append([next(rest) for _ in range(getattr(s, _LISTS[i]))] if i in _LISTS else next(rest))
+    return arguments
+
+
+class _FwdJvp2(torch.autograd.Function):
+    @staticmethod
+    def forward(s: _Statics, *flat):
+        return compat.redispatch(FWD_JVP2, *_nested(s, flat), *s.tail())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError(_THIRD_ORDER)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_THIRD_ORDER)
+
+
+def _fwd_jvp2_autograd(*args):
+    tensors, statics = args[:_N_TENSORS], args[_N_TENSORS:]
+    flat = [x for i, arg in enumerate(tensors) for x in (arg if i in _LISTS else [arg])]
+    if not _needs_function(flat):
+        return compat.redispatch(FWD_JVP2, *args)
+    return compat.apply(_FwdJvp2, _statics(tensors[3], tensors[4], *statics), *flat)
+
+
 # How much work they are: as torch counts its own attention, every key of every row, in the matrix products of one pass
 
 
@@ -422,6 +480,11 @@ def _bwd_jvp_flops(do, dlse, tdo, tdlse, q, k, v, *args, **kwargs):
     return _flops(q, k, v, 7, 3 if tdo is None else 5)
 
 
+@register_flop_formula(torch.ops.fastattn.fwd_jvp2)
+def _fwd_jvp2_flops(q, k, v, *args, **kwargs):
+    return _flops(q, k, v, 6, 4)
+
+
 def _autocast(op: Any) -> Any:
     return lambda *args: compat.without_autocast(op, *args)
 
@@ -431,6 +494,7 @@ for _name, _op, _device, _fake, _autograd in (
     ("bwd", BWD, _bwd_device, _bwd_fake, _bwd_autograd),
     ("fwd_jvp", FWD_JVP, _fwd_jvp_device, _fwd_jvp_fake, _fwd_jvp_autograd),
     ("bwd_jvp", BWD_JVP, _bwd_jvp_device, _bwd_jvp_fake, _bwd_jvp_autograd),
+    ("fwd_jvp2", FWD_JVP2, _fwd_jvp2_device, _fwd_jvp_fake, _fwd_jvp2_autograd),
 ):
     LIB.impl(_name, _device, "CompositeExplicitAutograd")
     LIB.impl(_name, _autograd, "Autograd")

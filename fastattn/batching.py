@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import BWD, BWD_JVP, FWD, FWD_JVP, LIB
+from .autograd import BWD, BWD_JVP, FWD, FWD_JVP, FWD_JVP2, LIB
 
 
 def _batch_size(x: Tensor, dim: int | None) -> int:
@@ -142,5 +142,19 @@ def _bwd_jvp(
     return fold.grads(result, q, k, v, params, sinks, (*dims[4:7], dims[8], dims[9]))
 
 
-for _name, _rule in (("fwd", _fwd), ("bwd", _bwd), ("fwd_jvp", _fwd_jvp), ("bwd_jvp", _bwd_jvp)):
+def _fwd_jvp2(info, dims, q, k, v, mask, params, sinks, rng, out, lse, out_lo, *rest):
+    fold = _Folding(info.batch_size, _batch_size(q, dims[0]))
+    tangents, (tlse_one, tlse_two, *statics) = rest[:15], rest[15:]
+    parts = [_fold_tangents(fold, *(*tangents[i : i + 5], dims[10 + i : 15 + i])) for i in (0, 5, 10)]
+    result = FWD_JVP2(
+        *_fold_inputs(fold, q, k, v, mask, params, sinks, rng, dims[:7]),
+        *_outputs(fold, out, lse, out_lo, dims[7:10]), *(x for part in parts for x in part),
+        fold.full(tlse_one, dims[25]), fold.full(tlse_two, dims[26]), *statics,
+    )  # fmt: skip
+    return tuple(fold.out(x) for x in result), (0, 0)
+
+
+for _name, _rule in (
+    ("fwd", _fwd), ("bwd", _bwd), ("fwd_jvp", _fwd_jvp), ("bwd_jvp", _bwd_jvp), ("fwd_jvp2", _fwd_jvp2),
+):  # fmt: skip
     torch.library.register_vmap(f"fastattn::{_name}", _rule, lib=LIB)

@@ -39,6 +39,14 @@ class Tangents(NamedTuple):
     sinks: Tensor | None
 
 
+class ThreeTangents(NamedTuple):
+    """Tangents along a first direction, along a second, and of the first along the second."""
+
+    one: Tangents
+    two: Tangents
+    both: Tangents
+
+
 class Grads(NamedTuple):
     """Gradients of the differentiable inputs, or tangents of those gradients."""
 

@@ -162,8 +162,8 @@ def test_third_order_raises():
         torch.autograd.grad(second.sum(), x)
     with pytest.raises(RuntimeError, match="up to the second order"):
         jacrev(jacrev(jacrev(fn)))(x.detach())
-    with pytest.raises(NotImplementedError, match="forward over reverse"):
-        jacfwd(jacfwd(fn))(x.detach())
+    with pytest.raises(RuntimeError, match="up to the second order"):
+        jacfwd(jacfwd(jacfwd(fn)))(x.detach())
 
 
 def test_kernel_calls(monkeypatch):
@@ -325,3 +325,65 @@ def test_scores_travel():
         assert other.static == score.static
     moved = pickle.loads(pickle.dumps(fa.Coordinates(q=3)))
     assert moved.parts == (0, 0, 3, 0)
+
+
+def everything(backend, dropout_p, scored):
+    """(out, lse) of q, k, v, slopes, bias and sinks."""
+
+    def call(q, k, v, slopes, bias, sinks):
+        torch.manual_seed(3)
+        score = (fa.Bias(bias), fa.Softcap(1.5), fa.ALiBi(slopes)) if scored else ()
+        out, lse = fa.attention(
+            q, k, v, mask=fa.Causal("bottom_right"), score=score, sinks=sinks, dropout_p=dropout_p, return_lse=True,
+            backend=backend,
+        )  # fmt: skip
+        return out.sin(), lse.cos()
+
+    return call
+
+
+def points(*seeds):
+    shapes = ((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2), (4,), (4, 5, 6), (4,))
+    for seed in seeds:
+        g = torch.Generator().manual_seed(seed)
+        yield tuple(torch.randn(s, dtype=torch.float64, generator=g) for s in shapes)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("second", ["fixed", "of the point", "of few"])
+def test_forward_over_forward(dropout_p, scored, second):
+    """Along two directions; along a direction that itself moves with the point; with some tangents missing."""
+    x, one, two = points(0, 1, 2)
+
+    def along(backend):
+        f = everything(backend, dropout_p, scored)
+        if second == "of few":  # q's tangent first, k's and the sinks' second
+            inner = lambda k, sinks: jvp(lambda q: f(q, k, *x[2:5], sinks), (x[0],), (one[0],))[1]
+            return jvp(inner, (x[1], x[5]), (two[1], two[5]))[1]
+        first = (lambda y: tuple(t.square() for t in y)) if second == "of the point" else (lambda y: one)
+        return jvp(lambda *y: jvp(f, y, first(y))[1], x, two)[1]
+
+    for ours, exact in zip(along("tiled"), along("reference"), strict=True):
+        assert_close(ours, exact, **TOLERANCE)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_jacfwd_of_jacfwd(which):
+    [x] = points(0)
+
+    def second(backend):
+        f = lambda t: sum(y.sum() for y in everything(backend, 0.0, True)(*x[:which], t, *x[which + 1 :]))
+        return jacfwd(jacfwd(f))(x[which])
+
+    assert_close(second("tiled"), second("reference"), **TOLERANCE)
+
+
+def test_forward_three_times_raises():
+    x, one = points(0, 1)
+
+    def deeper(f):
+        return lambda *y: jvp(f, y, one)[1]
+
+    with pytest.raises(RuntimeError, match="a third was asked for"):
+        deeper(deeper(deeper(everything("tiled", 0.0, False))))(*x)

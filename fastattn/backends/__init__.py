@@ -4,6 +4,7 @@
     forward(p, train) -> (out, lse, out_lo)
     backward(p, do, dlse, out, lse, out_lo) -> Grads
     forward_jvp(p, tangents, out, lse, out_lo) -> (tout, tlse)
+    forward_jvp2(p, three tangents, out, lse, out_lo, tlse_one, tlse_two) -> (tout, tlse), the second derivative
     backward_jvp(p, tangents, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse) -> Grads, the tangents of `backward`'s
 
 out has q's dtype and layout (`problem.empty_like_layout`); lse is contiguous in the accumulation dtype, natural log. With

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import keep_mask
-from ..problem import LOW, Grads, Problem, Tangents, empty_like_layout
+from ..problem import LOW, Grads, Problem, empty_like_layout
 from ..scores import Additive, General, Pointwise
 from .operands import (
     add_keys,
@@ -53,7 +53,7 @@ class Part(NamedTuple):
     hidden: Tensor | None  # bool, broadcastable to the tile
 
 
-def _chunks(p: Problem) -> Iterator[Region]:
+def chunks(p: Problem) -> Iterator[Region]:
     """Every region, its rows cut so that a tile of scores stays small."""
     for region in regions(p):
         step = max(16, min(256, TILE // (region.n_heads * min(KEYS, region.n_keys))))
@@ -63,7 +63,7 @@ def _chunks(p: Problem) -> Iterator[Region]:
                 yield chunk
 
 
-def _parts(p: Problem, chunk: Region) -> Iterator[Part]:
+def tiles(p: Problem, chunk: Region) -> Iterator[Part]:
     """The tiles of a chunk of rows, in the order of their keys."""
     index, rows = chunk.keys, slice(0, chunk.n_rows)
     for key in range(0, chunk.n_keys, KEYS):
@@ -75,11 +75,11 @@ def _parts(p: Problem, chunk: Region) -> Iterator[Part]:
         yield Part(Region(chunk.b, chunk.h, chunk.rows, storage), tile, hidden)
 
 
-def _hide(s: Tensor, hidden: Tensor | None) -> Tensor:
+def hide(s: Tensor, hidden: Tensor | None) -> Tensor:
     return s if hidden is None else s.masked_fill(hidden, -torch.inf)
 
 
-def _keep(p: Problem, tile: Tile) -> Tensor | None:
+def dropout_factor(p: Problem, tile: Tile) -> Tensor | None:
     """Z = keep / (1 - dropout_p) of a tile, or None without dropout."""
     if p.dropout_p == 0.0:
         return None
@@ -90,7 +90,7 @@ def _keep(p: Problem, tile: Tile) -> Tensor | None:
     return keep.to(tile.dtype).div_(1.0 - p.dropout_p)
 
 
-def _times(x: Tensor, z: Tensor | None) -> Tensor:
+def times(x: Tensor, z: Tensor | None) -> Tensor:
     return x if z is None else x * z
 
 
@@ -129,75 +129,26 @@ def chain_backward(p: Problem, g: Tensor, before: list[Tensor], tile: Tile, dpar
     return g
 
 
-def chain_tangent(p: Problem, ds: Tensor | None, before: list[Tensor], tile: Tile, t: Tangents) -> list[Tensor | None]:
-    """The tangent in front of each modifier and, last, behind the chain; None stands for zero."""
-    tangents, start = [ds], 0
-    for score, s in zip(p.scores, before, strict=True):
-        n = len(score.params)
-        own = t.params[start : start + n]
-        start += n
-        if isinstance(score, Pointwise):
-            ds = None if ds is None else ds * score.derivs(s)[1]
-        elif any(x is not None for x in own):
-            assert isinstance(score, Additive)
-            filled = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(score.params, own, strict=True)]
-            term = score.with_params(tuple(filled)).term(tile)
-            ds = term.expand_as(s) if ds is None else ds + term
-        tangents.append(ds)
-    return tangents
-
-
-def chain_backward_tangent(
-    p: Problem, g: Tensor, dg: Tensor, before: list[Tensor], tangents: list[Tensor | None], tile: Tile,
-    dparams: list[Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """`chain_backward` and its tangent: (g, dg) in front of the chain; adds the tangents of the parameters' gradients."""
-    end = len(p.params)
-    for score, s, ds in zip(reversed(p.scores), reversed(before), reversed(tangents[:-1]), strict=True):
-        start = end - len(score.params)
-        if isinstance(score, Pointwise):
-            _, first, second = score.derivs(s)
-            dg = dg * first
-            if ds is not None:
-                dg = dg + g * second * ds
-            g = g * first
-        elif start < end and dparams is not None:
-            assert isinstance(score, Additive)
-            score.accumulate(dparams[start:end], dg, tile)
-        end = start
-    return g, dg
-
-
-def require_second_order(p: Problem) -> None:
-    """Raise where a score of the chain has no second derivative."""
-    for score in p.scores:
-        if score.order < 2:
-            raise NotImplementedError(
-                f"score {score!r} has first derivatives only, but a second derivative or a forward-mode derivative was "
-                "asked for; use a Pointwise or an Additive score for those"
-            )
-
-
-class _Wide(NamedTuple):
+class Wide(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
 
 
-def _wide(p: Problem) -> _Wide:
-    return _Wide(*(x.to(p.acc_dtype) for x in (p.q, p.k, p.v)))
+def widened(p: Problem) -> Wide:
+    return Wide(*(x.to(p.acc_dtype) for x in (p.q, p.k, p.v)))
 
 
 def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, out_lo): see `fastattn.backends`."""
-    w = _wide(p)
+    w = widened(p)
     shape = (p.n_b, p.n_h, p.n_q, p.v_dim)
     out = empty_like_layout(p.q, shape, p.acc_dtype).zero_()
     if p.sinks is None:
         lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype, device=p.q.device)
     else:
         lse = p.sinks.to(p.acc_dtype)[:, :, None].expand(shape[:3]).clone(memory_format=torch.contiguous_format)
-    for chunk in _chunks(p):
+    for chunk in chunks(p):
         k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
         lse_chunk = q_part(lse, chunk)
         o, row_lse = _softmax_rows(p, chunk, q_part(w.q, chunk), k, v, lse_chunk)
@@ -221,16 +172,16 @@ def _softmax_rows(p: Problem, chunk: Region, q: Tensor, k: Tensor, v: Tensor, st
     acc = q.new_zeros(*q.shape[:3], v.shape[3])
     q = q * p.scale
     done = 0
-    for part in _parts(p, chunk):
+    for part in tiles(p, chunk):
         n = part.region.n_keys
         s, _ = apply_chain(p, dot_keys(q, k.narrow(2, done, n)), part.tile)
-        s = _hide(s, part.hidden)
+        s = hide(s, part.hidden)
         new_max = torch.maximum(row_max, s.amax(-1))
         safe = new_max.masked_fill(new_max == -torch.inf, 0.0)
         weights = torch.exp(s - safe[..., None])
         alpha = torch.exp(row_max - safe)
         row_sum = row_sum * alpha + weights.sum(-1)
-        weights = _times(weights, _keep(p, part.tile))
+        weights = times(weights, dropout_factor(p, part.tile))
         acc = acc * alpha[..., None] + dot_rows(weights, v.narrow(2, done, n))
         row_max = new_max
         done += n
@@ -248,14 +199,14 @@ class _Rows(NamedTuple):
     delta: Tensor
 
 
-def _key_totals(p: Problem) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def key_totals(p: Problem) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Zeros to sum dq, dk, dv and the parameters' gradients in, in the accumulation dtype."""
     acc = p.acc_dtype
     dq, dk, dv = (empty_like_layout(x, tuple(x.shape), acc).zero_() for x in (p.q, p.k, p.v))
     return dq, dk, dv, [torch.zeros(x.shape, dtype=acc, device=x.device) for x in p.params]
 
 
-def _rounded(p: Problem, dq: Tensor, dk: Tensor, dv: Tensor, dparams: list[Tensor], dsinks: Tensor | None) -> Grads:
+def rounded(p: Problem, dq: Tensor, dk: Tensor, dv: Tensor, dparams: list[Tensor], dsinks: Tensor | None) -> Grads:
     dtype = p.q.dtype
     return Grads(
         dq.to(dtype), dk.to(dtype), dv.to(dtype),
@@ -277,19 +228,19 @@ def row_delta(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, o
 
 def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
     """Gradients of q, k, v, the chain's parameters and the sinks."""
-    w = _wide(p)
+    w = widened(p)
     do = None if do is None else do.to(p.acc_dtype)
     delta = row_delta(p, do, dlse, out, out_lo, lse)
-    dq, dk, dv, dparams = _key_totals(p)
+    dq, dk, dv, dparams = key_totals(p)
     wanted = dparams if p.param_grads else None
     lse_safe = safe_lse(lse)
-    for chunk in _chunks(p):
+    for chunk in chunks(p):
         k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
         stats = _Rows(
             q_part(w.q, chunk), None if do is None else q_part(do, chunk), q_part(lse_safe, chunk), q_part(delta, chunk)
         )
         q_part(dq, chunk).copy_(_backward_rows(p, chunk, stats, k, v, dk, dv, wanted))
-    return _rounded(p, dq, dk, dv, dparams, sink_gradient(p, lse, delta))
+    return rounded(p, dq, dk, dv, dparams, sink_gradient(p, lse, delta))
 
 
 def _backward_rows(p: Problem, chunk: Region, r: _Rows, k_all, v_all, dk, dv, dparams) -> Tensor:
@@ -297,171 +248,19 @@ def _backward_rows(p: Problem, chunk: Region, r: _Rows, k_all, v_all, dk, dv, dp
     q = r.q * p.scale
     dq = torch.zeros_like(q)
     done, n_kv = 0, k_all.shape[1]
-    for part in _parts(p, chunk):
+    for part in tiles(p, chunk):
         n = part.region.n_keys
         k, v = k_all.narrow(2, done, n), v_all.narrow(2, done, n)
         done += n
         s, before = apply_chain(p, dot_keys(q, k), part.tile)
-        weights = torch.exp(_hide(s, part.hidden) - r.lse[..., None])
-        z = _keep(p, part.tile)
+        weights = torch.exp(hide(s, part.hidden) - r.lse[..., None])
+        z = dropout_factor(p, part.tile)
         if r.do is not None:
-            add_keys(p, dv, part.region, dot_columns(_times(weights, z), r.do, n_kv))
-            g = weights * (_times(dot_keys(r.do, v), z) - r.delta[..., None])
+            add_keys(p, dv, part.region, dot_columns(times(weights, z), r.do, n_kv))
+            g = weights * (times(dot_keys(r.do, v), z) - r.delta[..., None])
         else:
             g = weights * -r.delta[..., None]
         g = chain_backward(p, g, before, part.tile, dparams)
         dq += dot_rows(g, k)
         add_keys(p, dk, part.region, dot_columns(g, q, n_kv))
-    return dq.mul_(p.scale)
-
-
-def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tensor) -> tuple[Tensor, Tensor]:
-    """Tangents of (out, lse): one pass, from the known out and lse."""
-    require_second_order(p)
-    w, wt = _wide(p), _wide_tangents(p, t)
-    o = exact_out(out, out_lo, p.acc_dtype)
-    tout = empty_like_layout(p.q, tuple(out.shape), p.acc_dtype).zero_()
-    tlse = torch.zeros_like(lse)
-    if p.sinks is not None and t.sinks is not None:
-        tlse += sink_weight(p, lse) * t.sinks.to(lse.dtype)[:, :, None]
-    lse_safe = safe_lse(lse)
-    for chunk in _chunks(p):
-        kv = _Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, wt.k, wt.v))
-        tq = None if wt.q is None else q_part(wt.q, chunk)
-        acc, mu = _jvp_rows(p, chunk, q_part(w.q, chunk), tq, q_part(lse_safe, chunk), kv, t)
-        q_part(tlse, chunk).add_(mu)
-        q_part(tout, chunk).copy_(acc)
-    tout -= tlse[..., None] * o
-    return tout.to(out.dtype), tlse
-
-
-def _wide_tangents(p: Problem, t: Tangents) -> Tangents:
-    q, k, v = (None if x is None else x.to(p.acc_dtype) for x in (t.q, t.k, t.v))
-    return t._replace(q=q, k=k, v=v)
-
-
-def _score_tangent(q, tq, k, tk) -> Tensor | None:
-    """scale (Q. K' + Q K.') with the scale already in q and tq."""
-    ds = None if tq is None else dot_keys(tq, k)
-    if tk is not None:
-        ds = dot_keys(q, tk) if ds is None else ds + dot_keys(q, tk)
-    return ds
-
-
-class _Keys(NamedTuple):
-    """Keys and values of a chunk, and their tangents."""
-
-    k: Tensor
-    v: Tensor
-    tk: Tensor | None
-    tv: Tensor | None
-
-    def narrow(self, start: int, n: int) -> _Keys:
-        tk, tv = (None if x is None else x.narrow(2, start, n) for x in (self.tk, self.tv))
-        return _Keys(self.k.narrow(2, start, n), self.v.narrow(2, start, n), tk, tv)
-
-
-def _maybe_keys(p: Problem, chunk: Region, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else k_part(p, x, chunk) for x in tensors]
-
-
-def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv: _Keys, t: Tangents) -> tuple[Tensor, Tensor]:
-    """sum (Z P A.) V + (Z P) V. and sum P A. over the keys of a chunk of rows."""
-    q = q * p.scale
-    tq = None if tq is None else tq * p.scale
-    acc = q.new_zeros(*q.shape[:3], p.v_dim)
-    mu = torch.zeros_like(lse)
-    done = 0
-    for part in _parts(p, chunk):
-        n = part.region.n_keys
-        k, v, tk, tv = kv.narrow(done, n)
-        done += n
-        s, before = apply_chain(p, dot_keys(q, k), part.tile)
-        ds = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)[-1]
-        weights = torch.exp(_hide(s, part.hidden) - lse[..., None])
-        z = _keep(p, part.tile)
-        if ds is not None:
-            change = weights * ds
-            mu += change.sum(-1)
-            acc += dot_rows(_times(change, z), v)
-        if tv is not None:
-            acc += dot_rows(_times(weights, z), tv)
-    return acc, mu
-
-
-class _TangentRows(NamedTuple):
-    """Row-wise tensors of a chunk of rows of the backward's tangent."""
-
-    q: Tensor
-    tq: Tensor | None
-    do: Tensor | None
-    tdo: Tensor | None
-    lse: Tensor
-    tlse: Tensor
-    delta: Tensor
-    tdelta: Tensor
-
-
-def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse) -> Grads:
-    """Tangents of `backward`'s results along t and the tangents of its cotangents; tout, tlse are those of (out, lse)."""
-    require_second_order(p)
-    acc = p.acc_dtype
-    w, wt = _wide(p), _wide_tangents(p, t)
-    do, tdo = (None if x is None else x.to(acc) for x in (do, tdo))
-    delta = row_delta(p, do, dlse, out, out_lo, lse)
-    tdelta = row_dot(do, None if tout is None else tout.to(acc), lse)
-    tdelta = tdelta + row_dot(tdo, exact_out(out, out_lo, acc), lse)
-    if tdlse is not None:
-        tdelta = tdelta - tdlse
-    tlse = torch.zeros_like(lse) if tlse is None else tlse
-    dq, dk, dv, dparams = _key_totals(p)
-    wanted = dparams if p.param_grads else None
-    lse_safe = safe_lse(lse)
-    for chunk in _chunks(p):
-        kv = _Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, wt.k, wt.v))
-        tq_part, do_part, tdo_part = (None if x is None else q_part(x, chunk) for x in (wt.q, do, tdo))
-        row_stats = (q_part(x, chunk) for x in (lse_safe, tlse, delta, tdelta))
-        stats = _TangentRows(q_part(w.q, chunk), tq_part, do_part, tdo_part, *row_stats)
-        q_part(dq, chunk).copy_(_backward_jvp_rows(p, chunk, stats, kv, dk, dv, wanted, t))
-    dsinks = None
-    if p.sinks is not None:
-        direction = -tlse if t.sinks is None else t.sinks.to(lse.dtype)[:, :, None] - tlse
-        dsinks = sum_rows_like(-sink_weight(p, lse) * (direction * delta + tdelta), p.sinks)
-    return _rounded(p, dq, dk, dv, dparams, dsinks)
-
-
-def _backward_jvp_rows(p: Problem, chunk: Region, r: _TangentRows, kv: _Keys, dk, dv, dparams, t: Tangents) -> Tensor:
-    """The tangent of dq of a chunk of rows; adds the tangents of its shares of dk, dv and the parameters' gradients."""
-    q = r.q * p.scale
-    tq = None if r.tq is None else r.tq * p.scale
-    dq = torch.zeros_like(q)
-    done, n_kv = 0, kv.k.shape[1]
-    for part in _parts(p, chunk):
-        n = part.region.n_keys
-        k, v, tk, tv = kv.narrow(done, n)
-        done += n
-        s, before = apply_chain(p, dot_keys(q, k), part.tile)
-        tangents = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)
-        weights = torch.exp(_hide(s, part.hidden) - r.lse[..., None])
-        z = _keep(p, part.tile)
-        u = -r.tlse[..., None] if tangents[-1] is None else tangents[-1] - r.tlse[..., None]  # dP = P u
-        centred = -r.delta[..., None] if r.do is None else _times(dot_keys(r.do, v), z) - r.delta[..., None]
-        change = torch.zeros_like(s)
-        if r.do is not None and tv is not None:
-            change += dot_keys(r.do, tv)
-        if r.tdo is not None:
-            change += dot_keys(r.tdo, v)
-        g = weights * centred
-        dg = weights * (u * centred + _times(change, z) - r.tdelta[..., None])
-        if r.do is not None:
-            add_keys(p, dv, part.region, dot_columns(_times(weights * u, z), r.do, n_kv))
-        if r.tdo is not None:
-            add_keys(p, dv, part.region, dot_columns(_times(weights, z), r.tdo, n_kv))
-        g, dg = chain_backward_tangent(p, g, dg, before, tangents, part.tile, dparams)
-        dq += dot_rows(dg, k)
-        add_keys(p, dk, part.region, dot_columns(dg, q, n_kv))
-        if tk is not None:
-            dq += dot_rows(g, tk)
-        if tq is not None:
-            add_keys(p, dk, part.region, dot_columns(g, tq, n_kv))
     return dq.mul_(p.scale)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..problem import Grads, Problem
 from . import blocked, fused
-from .blocked import backward_jvp, forward_jvp
+from .tangents import backward_jvp, forward_jvp, forward_jvp2
 
-__all__ = ["backward", "backward_jvp", "forward", "forward_jvp", "kernel", "supports"]
+__all__ = ["backward", "backward_jvp", "forward", "forward_jvp", "forward_jvp2", "kernel", "supports"]
 
 
 def supports(p: Problem) -> str | None:
