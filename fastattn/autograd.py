@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import compat, dispatch
-from .problem import LOW, Problem, Tangents, ThreeTangents, empty_like_layout, parse, unpack, with_param_grads
+from .problem import LOW, Problem, Tangents, ThreeTangents, empty_like_layout, empty_rows, parse, unpack, with_param_grads
 
 LIB = torch.library.Library("fastattn", "DEF")
 _STATICS = "str spec, float scale, float dropout_p, SymInt[] ints, float[] floats"
@@ -123,7 +123,7 @@ def _fwd_fake(q, k, v, mask, params, sinks, rng, spec, scale, dropout_p, ints, f
 def _grads_fake(q, k, v, params, sinks, spec):
     dparams = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in params] if parse(spec).param_grads else []
     dsinks = [] if sinks is None else [torch.empty(sinks.shape, dtype=sinks.dtype, device=sinks.device)]
-    return (*(empty_like_layout(x, tuple(x.shape)) for x in (q, k, v)), dparams, dsinks)
+    return (*(empty_rows(x, tuple(x.shape)) for x in (q, k, v)), dparams, dsinks)
 
 
 def _bwd_fake(do, dlse, q, k, v, mask, params, sinks, rng, out, lse, out_lo, spec, *statics):

@@ -16,7 +16,6 @@ from torch import Tensor
 from . import compat
 from .autograd import BWD
 from .backends.fused import VECTOR
-from .problem import empty_like_layout
 
 SMALL = 1 << 19  # score elements beyond which the host's work no longer shows
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -70,12 +69,4 @@ class _Attend(torch.autograd.Function):
         if do.stride(3) != 1:
             do = do.contiguous()
         dq, dk, dv = _backward(do, q, k, v, out, lse, 0.0, ctx.causal, scale=ctx.scale)
-        if not (dq.stride() == q.stride() and dk.stride() == k.stride() and dv.stride() == v.stride()):
-            dq, dk, dv = _laid_out(dq, q), _laid_out(dk, k), _laid_out(dv, v)
         return dq, dk, dv, None, None, None
-
-
-def _laid_out(grad: Tensor, x: Tensor) -> Tensor:
-    """grad in the layout that every gradient has."""
-    target = empty_like_layout(x, tuple(x.shape))
-    return grad if grad.stride() == target.stride() else target.copy_(grad)

@@ -270,8 +270,23 @@ def empty_like_layout(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | No
     (B, L, H, D) storage seen through a transpose where x's heads lie inside its rows, contiguous otherwise, so that a
     caller's `.transpose(1, 2).reshape(...)` after attention stays free of copies.
     """
-    dtype = x.dtype if dtype is None else dtype
+    if _heads_inside(x, shape):
+        return empty_rows(x, shape, dtype)
+    return torch.empty(shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
+
+
+def empty_rows(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (B, H, L, D) tensor on x's device in (B, L, H, D) storage: the layout of every gradient, as of torch's."""
     b, h, n, d = shape
-    if h > 1 and n > 1 and x.stride(1) < x.stride(2):
-        return torch.empty((b, n, h, d), dtype=dtype, device=x.device).transpose(1, 2)
-    return torch.empty(shape, dtype=dtype, device=x.device)
+    return torch.empty((b, n, h, d), dtype=x.dtype if dtype is None else dtype, device=x.device).transpose(1, 2)
+
+
+def has_layout(o: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether o is what `empty_like_layout(x, shape)` would be, told without making one."""
+    _, h, n, d = shape
+    wanted = (n * h * d, d, h * d, 1) if _heads_inside(x, shape) else (h * n * d, n * d, d, 1)
+    return o.shape == shape and o.stride() == wanted
+
+
+def _heads_inside(x: Tensor, shape: tuple[int, ...]) -> bool:
+    return shape[1] > 1 and shape[2] > 1 and x.stride(1) < x.stride(2)

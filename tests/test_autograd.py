@@ -235,7 +235,7 @@ def test_layouts(layout):
         out = fa.attention(q, k, v, mask=mask)
         assert out.stride() == q.stride()
         for x in torch.autograd.grad(out.sum(), (q, k, v)):
-            assert x.stride() == q.stride()
+            assert x.transpose(1, 2).is_contiguous()  # as torch's: nothing is copied into another layout
 
 
 def test_only_lse_or_only_out():

@@ -9,6 +9,6 @@
 
 out has q's dtype and layout (`problem.empty_like_layout`); lse is contiguous in the accumulation dtype, natural log. With
 `train` and fp16 or bf16, out_lo is what rounding took from out, in out's dtype and layout; otherwise it is empty, shape
-(0,). A gradient has the layout of its input. `reference` is not among them: it is plain PyTorch, differentiated by
+(0,). Gradients have `problem.empty_rows`' layout. `reference` is not among them: it is plain PyTorch, differentiated by
 autograd, and the oracle of the tests.
 """

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import keep_mask
-from ..problem import LOW, Grads, Problem, empty_like_layout
+from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows
 from ..scores import Additive, General, Pointwise
 from .operands import (
     add_keys,
@@ -202,7 +202,7 @@ class _Rows(NamedTuple):
 def key_totals(p: Problem) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Zeros to sum dq, dk, dv and the parameters' gradients in, in the accumulation dtype."""
     acc = p.acc_dtype
-    dq, dk, dv = (empty_like_layout(x, tuple(x.shape), acc).zero_() for x in (p.q, p.k, p.v))
+    dq, dk, dv = (empty_rows(x, tuple(x.shape), acc).zero_() for x in (p.q, p.k, p.v))
     return dq, dk, dv, [torch.zeros(x.shape, dtype=acc, device=x.device) for x in p.params]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem import LOW, Grads, Problem, empty_like_layout
+from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows, has_layout
 from ..scores import Additive
 from . import blocked
 from .operands import add_keys, exact_out, k_part, q_part
@@ -135,13 +135,12 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (_operand(x, dtype, dim) for x in (p.q, p.k, p.v))
     shape = (p.n_b, p.n_h, p.n_q, p.v_dim)
     found = _chunks(p)
-    out = empty_like_layout(p.q, shape, dtype)
     if _covers_all(p, found):
         o, row_lse = _region_forward(p, found[0], q, k, v)
         lse = row_lse.contiguous()
-        out = o if o.shape == shape and o.stride() == out.stride() else out.copy_(o[..., : p.v_dim])
+        out = o if has_layout(o, p.q, shape) else empty_like_layout(p.q, shape, dtype).copy_(o[..., : p.v_dim])
     else:
-        out.zero_()
+        out = empty_like_layout(p.q, shape, dtype).zero_()
         lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype)
         for region in found:
             o, row_lse = _region_forward(p, region, q, k, v)
@@ -166,7 +165,7 @@ def backward(p: Problem, do: Tensor, out: Tensor, lse: Tensor, out_lo: Tensor) -
     if _covers_all(p, found):
         dq, dk, dv = _region_backward(p, found[0], q, k, v, do_wide, o, row_lse)
     else:
-        dq, dk, dv = (empty_like_layout(x, (*x.shape[:3], dim), acc).zero_() for x in (p.q, p.k, p.v))
+        dq, dk, dv = (empty_rows(x, (*x.shape[:3], dim), acc).zero_() for x in (p.q, p.k, p.v))
         for region in found:
             dq_part, dk_part, dv_part = _region_backward(p, region, q, k, v, do_wide, o, row_lse)
             q_part(dq, region).copy_(dq_part)
@@ -187,8 +186,8 @@ def _region_backward(p: Problem, region: Region, q, k, v, do, out, lse) -> tuple
 
 
 def _finish(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x in x's dtype, shape and layout."""
-    target = empty_like_layout(x, tuple(x.shape))
-    if grad.dtype == x.dtype and grad.shape == x.shape and grad.stride() == target.stride():
+    """The gradient of x in x's dtype and shape."""
+    _, h, n, d = x.shape
+    if grad.dtype == x.dtype and grad.shape == x.shape and grad.stride() == (n * h * d, d, h * d, 1):
         return grad
-    return target.copy_(grad[..., : x.shape[3]])
+    return empty_rows(x, tuple(x.shape)).copy_(grad[..., : x.shape[3]])
