@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q "$(TORCH)"
-	.venv/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib "setuptools>=77"
+	.venv/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib tqdm "setuptools>=77"
 	-.venv/bin/python -m pip install -q triton==3.7.1
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 # the current Python has torch: install only what is missing, and go on without where that fails
 .venv/present: pyproject.toml
 	@mkdir -p .venv
-	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib; do \
+	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib tqdm; do \
 		$(PY) -c "import $${m%%:*}" 2>/dev/null || $(PY) -m pip install -q "$${m##*:}" || echo "going on without $${m##*:}"; \
 	done
 	@touch $@
