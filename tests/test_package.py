@@ -28,7 +28,7 @@ LAYERS = (
     {"problem"},
     {"masks", "scores"},
     {"coords", "dropout"},
-    {"compat"},
+    {"compat", "naming"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows, has_layout
+from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows, has_layout, rows_apart
 from ..scores import Additive
 from . import blocked
 from .operands import add_keys, exact_out, k_part, q_part
@@ -52,11 +52,11 @@ def refuses(p: Problem, *, backward: bool = False, dlse: bool = False) -> str | 
 
 
 def _operand(x: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
-    """x as the kernel wants it: one head_dim for all, the last dimension dense."""
+    """x as the kernel wants it: one head_dim for all, the last dimension dense, rows that do not overlap."""
     x = x.to(dtype)
     if x.shape[3] < dim:
-        return F.pad(x, (0, dim - x.shape[3]))
-    return x if x.stride(3) == 1 else x.contiguous()
+        return F.pad(x, (0, dim - x.shape[3])).contiguous()
+    return x if x.stride(3) == 1 and rows_apart(x) else x.contiguous()
 
 
 def _chunks(p: Problem) -> Iterator[Region]:
@@ -166,7 +166,7 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
             q_part(lse, region).copy_(row_lse)
     if p.sinks is not None:
         with_sink = torch.logaddexp(lse, p.sinks.to(lse.dtype)[:, :, None])
-        out = out.mul_(torch.exp(lse - with_sink).nan_to_num_(0.0)[..., None])
+        out = out.mul_(torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0.0)[..., None])
         lse = with_sink
     if wide:
         return blocked.split_out(p, out, lse, train)

@@ -388,7 +388,7 @@ def _predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:
             part = select(select(tile.heads(predicate.tensor), 2, rows), 3, region.keys)
         else:
             assert isinstance(predicate, CustomPredicate)
-            part = predicate.fn(tile.b, tile.h, tile.q, tile.k)
+            part = predicate.visible(tile.b, tile.h, tile.q, tile.k)
         visible = part if visible is None else visible & part
     assert visible is not None
     if visible.shape[3] == 1:
