@@ -231,7 +231,14 @@ def checked_scores(score: ScoreLike, n_b: int, n_h: int, n_q: int, n_k: int, q: 
             raise TypeError(f"score must be a Score or a sequence of Scores, got one of {brief(item)}")
         item.validate(n_b, n_h, n_q, n_k, q.dtype, q.device)
         item.check_coords(coords, n_b, n_h, n_q, n_k)
-        chain.append(item.canonical(n_b, n_h))
+        item = item.canonical(n_b, n_h)
+        for x in item.params:
+            if x.dim() < 2 or (x.shape[0] != 1 and x.shape[0] != n_b) or (x.shape[1] != 1 and x.shape[1] != n_h):
+                raise ValueError(
+                    f"canonical() of {item.name} must give its parameters leading dimensions ({n_b} or 1, {n_h} or 1), "
+                    f"got shape {tuple(x.shape)}"
+                )
+        chain.append(item)
     return tuple(chain)
 
 

@@ -31,6 +31,10 @@ class Optioned(fa.Pointwise):
     static = "a/b"
 
 
+class Plain(fa.Additive):
+    params = (torch.zeros(4),)
+
+
 def returns_int(b, h, q_idx, k_idx):
     return q_idx - k_idx
 
@@ -67,6 +71,7 @@ BAD = {
     "score is a tensor": (dict(score=torch.zeros(5, 6)), TypeError, r"score must be a Score or a sequence of Scores, got <float32 \(5, 6\)>"),
     "score is a class": (dict(score=fa.Softcap), TypeError, "score must be a Score or a sequence of Scores, got Softcap"),
     "score static": (dict(score=Optioned()), ValueError, "static of Optioned must be a string without any of , / | =, got 'a/b'"),
+    "score without canonical": (dict(score=Plain()), ValueError, r"canonical\(\) of Plain must give its parameters leading dimensions \(2 or 1, 4 or 1\), got shape \(4,\)"),
     "larger bias": (dict(score=fa.Bias(torch.zeros(50, 60))), ValueError, r"bias must broadcast to \(2, 4, 5, 6\), got shape \(50, 60\)"),
     "bias and coords": (dict(score=fa.Bias(torch.zeros(7, 6)), coords=fa.Coordinates(q=3)), ValueError, "bias must hold the rows that coords.q names, 3 to 7"),
     "bias and tensor coords": (dict(score=fa.Bias(torch.zeros(5, 6)), coords=fa.Coordinates(k=torch.arange(6) - 1)), ValueError, "bias must hold the keys that coords.k names, -1 to 4"),
