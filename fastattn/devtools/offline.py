@@ -1,0 +1,150 @@
+"""What the compiler makes of the kernels, without a GPU: registers, local memory, shared memory and matrix instructions.
+
+The backend's own launches are recorded, not run, and each is compiled for a named architecture by Triton's own compiler
+with the assembler and disassembler of its wheel. So what is reported is what a launch would compile.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from .. import functional, masks, scores
+from ..backends import triton as backend
+from ..kernels import shim
+from ..problem import Problem
+
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB a block may use
+
+
+class Recorded(NamedTuple):
+    """A launch that was not run."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+
+
+class Report(NamedTuple):
+    """What a kernel came to."""
+
+    kernel: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    local: int  # bytes of local memory: what did not fit the registers
+    loop_spills: int  # accesses to it in the loops that hold the products
+    shared: int  # bytes
+    products: int  # matrix instructions
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:<14} {self.num_warps} warps {self.num_stages} stages  {self.registers:>3} registers  "
+            f"{self.local:>5} B local ({self.loop_spills} accesses in loops)  {self.shared / 1024:>5.0f} K shared  "
+            f"{self.products} matrix instructions"
+        )
+
+
+def recorded(p: Problem, arch: str, *, train: bool = True) -> list[Recorded]:
+    """The launches of p's forward and, with `train`, of its backward, on an architecture."""
+    found: list[Recorded] = []
+
+    def record(kernel: Any, programs: int, how: Any, *args: Any) -> None:
+        found.append(Recorded(kernel, args, how.num_warps, how.num_stages))
+
+    with mock.patch.object(backend, "run", record), mock.patch.object(backend, "architecture", return_value=arch):
+        out, lse, out_lo = backend.forward(p, train)
+        if train:
+            backend.backward(p, torch.empty_like(out), None, out, lse, out_lo)
+    return found
+
+
+def compiled(launch: Recorded, arch: str) -> Any:
+    """A recorded launch, compiled for an architecture ("sm_90", "gfx942").
+
+    Raises:
+        RuntimeError: triton is missing, or this process interprets kernels.
+    """
+    if not shim.PRESENT or shim.INTERPRETED:
+        raise RuntimeError("compiling needs triton, and TRITON_INTERPRET unset")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    kernel, compiler = launch.kernel, make_backend(target)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
+    bound, specialization, _ = bind(*launch.args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(compiler, dict(options), bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def report(launch: Recorded, arch: str) -> Report:
+    """Compile a recorded launch for an NVIDIA architecture and read what it came to."""
+    binary = compiled(launch, arch)
+    usage, assembly = _dump(binary.asm["cubin"], "-res-usage"), _dump(binary.asm["cubin"], "-sass")
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = list(_instructions(assembly))
+    return Report(
+        launch.kernel.__name__, launch.num_warps, launch.num_stages, found.get("REG", 0),
+        found.get("STACK", 0) + found.get("LOCAL", 0), loop_spills(instructions), binary.metadata.shared,
+        sum(_is_product(text) for _, text in instructions),
+    )  # fmt: skip
+
+
+def _dump(cubin: bytes, flag: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(assembly: str) -> Iterator[tuple[int, str]]:
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", assembly):
+        yield int(address, 16), text
+
+
+def _is_product(text: str) -> bool:
+    return re.search(r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|OMMA)\b", text) is not None
+
+
+def loop_spills(instructions: list[tuple[int, str]]) -> int:
+    """Accesses to local memory in the innermost loops that hold products (or, without any, in all innermost loops)."""
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    bodies = [[text for address, text in instructions if low <= address <= high] for low, high in inner]
+    with_products = [body for body in bodies if any(map(_is_product, body))] or bodies
+    return sum(re.search(r"\b(LDL|STL)\b", text) is not None for body in with_products for text in body)
+
+
+def example(
+    head_dim: int, dtype: torch.dtype, *, chain: bool = False, mask: masks.Mask | None = None, dropout: float = 0.0,
+    n: int = 1024,
+) -> Problem:  # fmt: skip
+    """A training call with grouped heads whose launches are the default configurations."""
+    q = torch.empty(1, n, 4, head_dim, dtype=dtype).transpose(1, 2)
+    k, v = (torch.empty(1, n, 2, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    score: list[scores.Score] = [scores.Softcap(30.0), scores.ALiBi(torch.empty(4))] if chain else []
+    rng = None if dropout == 0.0 else torch.zeros(1, 2, dtype=torch.int64)
+    p = functional.problem(
+        q, k, v, masks.Causal("top_left") if mask is None else mask, score, None, None, dropout, "tiled", None, None, draw=False
+    )
+    return Problem(**{**p.__dict__, "rng": rng, "param_grads": False})

@@ -1,0 +1,149 @@
+"""The Triton backend as seen from outside, its launch tables, and its suites, each in an interpreting process of its own."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import dispatch, functional
+from fastattn.backends import triton as backend
+from fastattn.kernels import launch, shim
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SUITES = sorted(path.stem for path in (HERE / "triton").glob("*.py"))
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_compiler = pytest.mark.skipif(not shim.PRESENT or shim.INTERPRETED, reason="needs triton and its compiler")
+
+
+def python(*arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_in_the_interpreter(suite):
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton/{suite}.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+
+
+def call(**changes):
+    arguments = dict(dtype=torch.float32, head_dim=8, mask=None, score=(), name=None, device="cpu")
+    arguments.update(changes)
+    q = torch.zeros(1, 2, 4, arguments["head_dim"], dtype=arguments["dtype"])
+    p = functional.problem(q, q, q, arguments["mask"], arguments["score"], None, None, 0.0, "tiled", None, None)
+    return dataclasses.replace(p, backend="triton")
+
+
+class Plain(fa.Pointwise):
+    """Has no Triton functions."""
+
+    def value(self, s):
+        return s
+
+
+class Doubled(fa.Softcap):
+    """Changes the operations and inherits Triton functions that do not."""
+
+    def value(self, s):
+        return super().value(s) * 2
+
+
+def visible(b, h, q_idx, k_idx):
+    return q_idx >= k_idx
+
+
+def test_by_name_on_the_cpu_lists_every_reason():
+    q = torch.zeros(1, 2, 4, 600, dtype=torch.float64)
+    with pytest.raises(ValueError, match="cannot run this call") as error:
+        fa.attention(q, q, q, mask=fa.Custom(visible), score=(Plain(), Doubled(2.0)), backend="triton")
+    for reason in ("TRITON_INTERPRET=1", "not float64", "1 to 512, not 600", "Plain", "Doubled", "has no triton_fn"):
+        assert reason in str(error.value)
+
+
+def test_the_tiled_backend_stays_the_default_on_the_cpu():
+    q = torch.zeros(1, 2, 4, 8)
+    assert fa.explain(q, q, q).backend == "tiled"
+
+
+def test_what_the_kernels_refuse_goes_to_the_tiled_backend():
+    """`settled` for a call that `choose` gave to Triton, as on cuda."""
+    assert dispatch.choose(None, torch.device("cuda")) == "triton"
+    if shim.PRESENT:
+        assert dispatch.settled(call(dtype=torch.float64), None).backend == "tiled"
+        with pytest.raises(ValueError, match="not float64"):
+            dispatch.settled(call(dtype=torch.float64), "triton")
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    with pytest.raises(ImportError, match=r'pip install "fastattn\[triton\]".*backend="tiled"'):
+        dispatch.settled(call(), None)
+
+
+def test_kernels_import_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastattn as fa\n"
+        "from fastattn.backends import triton\n"
+        "from fastattn.kernels import backward, chain, dropout, forward, grads, launch, masks, scores, shim, tiles\n"
+        "assert not shim.PRESENT\n"
+        "q = torch.zeros(1, 1, 2, 8)\n"
+        "try: fa.attention(q, q, q, backend='triton')\n"
+        "except ValueError as error: assert 'triton is not installed' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_front_does_not_import_triton():
+    code = (
+        "import sys, torch, fastattn as fa\n"
+        "x = torch.ones(1, 1, 2, 4)\n"
+        "fa.attention(x, x, x, score=fa.Softcap(2.0))\n"
+        "assert 'triton' not in sys.modules\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+# Launch tables
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_head_dim_has_a_launch(arch, itemsize):
+    for kernel in launch.KERNELS:
+        for dim in (1, 8, 40, 64, 80, 96, 128, 192, 256, 512):
+            for chain in (False, True):
+                found = launch.launch(kernel, dim, dim // 2 + 1, itemsize, arch, chain)
+                assert found.block_q >= 16
+                assert found.block_k >= 16
+                assert all(n & (n - 1) == 0 for n in found[:3])
+                assert found.block_q <= backend.PAD
+
+
+def test_launch_is_by_the_larger_head_dim_and_small_for_few_rows():
+    wide = launch.launch("forward", 64, 256, 2, "sm_90")
+    assert wide == launch.launch("forward", 256, 64, 2, "sm_90") != launch.launch("forward", 64, 64, 2, "sm_90")
+    assert launch.launch("forward", 64, 64, 2, "sm_90", n_q=1).block_q == 16
+    assert launch.launch("forward", 64, 64, 2, "sm_90", n_q=17) == launch.launch("forward", 64, 64, 2, "sm_90")
+
+
+def test_an_architecture_takes_the_nearest_older_table():
+    assert launch.table_of("sm_90") == "sm_90"
+    assert launch.table_of("sm_89") == "sm_86"
+    assert launch.table_of("sm_103") == "sm_90"
+    with pytest.raises(ValueError, match="no launch table for 'sm_70'"):
+        launch.table_of("sm_70")
+    with pytest.raises(ValueError, match="at most 512"):
+        launch.launch("forward", 513, 8, 2, "sm_90")
