@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = Path(__file__).parent / "tuning"
-KERNELS = ("forward", "dkdv", "dq", "grads")
+KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv")
 SHORT = 16  # rows up to which a query tile is as small as a product permits: decoding
 
 

@@ -5,7 +5,8 @@ For a tile of rows:   seen = [min start, max stop)     keys outside are never vi
 
 FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) with strides of entry,
 head and span; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by entry.
-PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides.
+PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides
+and with None, or 1 where an offset inside one of its planes needs 64 bits.
 size is (n_q, n_k, start, stop, q_at, k_at).
 """
 
@@ -120,13 +121,21 @@ def span_bounds(start_ptr, stop_ptr, bounds, n_q, n_k, n_tiles, BLOCK_K: tl.cons
 
 
 @jit
+def plane_offset(q, k, strides, wide):
+    """Where (q, k) is in a plane with strides[2:]: 32 bits, half the registers of 64, unless `wide` is given."""
+    if wide is None:
+        return q * strides[2] + k * strides[3]
+    else:
+        return q.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
+
+
+@jit
 def predicates(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
     """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape."""
     for i in tl.static_range(len(PREDICATES)):
         if PREDICATES[i] is None:
-            x, strides = mask[1][i][0], mask[1][i][1]
-            where = at[4] * strides[0] + at[5] * strides[1] + q_idx.to(tl.int64) * strides[2] + k_idx.to(tl.int64) * strides[3]
-            seen = seen & (tl.load(x + where) != 0)
+            x = mask[1][i][0] + at[4] * mask[1][i][1][0] + at[5] * mask[1][i][1][1]
+            seen = seen & (tl.load(x + plane_offset(q_idx, k_idx, mask[1][i][1], mask[1][i][2])) != 0)
         else:
             seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])
     return seen

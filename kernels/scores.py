@@ -3,6 +3,7 @@
 at is (b, h, q, k, entry, head): coordinates, then the storage indices by which parameters are looked up.
 """
 
+from .masks import plane_offset
 from .shim import LOG2E, jit, tl
 
 
@@ -54,9 +55,9 @@ def alibi_rel(at, args):
 def bias(at, args):
     """bias[entry, head, q, k]; coordinates beyond the tensor take its last row or key."""
     x, strides, n = args[0], args[1], args[2]
-    q = tl.minimum(tl.maximum(at[2], 0), n[0] - 1).to(tl.int64)
-    k = tl.minimum(tl.maximum(at[3], 0), n[1] - 1).to(tl.int64)
-    return tl.load(x + at[4] * strides[0] + at[5] * strides[1] + q * strides[2] + k * strides[3]).to(tl.float32)
+    q = tl.minimum(tl.maximum(at[2], 0), n[0] - 1)
+    k = tl.minimum(tl.maximum(at[3], 0), n[1] - 1)
+    return tl.load(x + at[4] * strides[0] + at[5] * strides[1] + plane_offset(q, k, strides, args[3])).to(tl.float32)
 
 
 @jit

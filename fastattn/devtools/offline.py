@@ -6,6 +6,7 @@ with the assembler and disassembler of its wheel. So what is reported is what a 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -18,8 +19,9 @@ import torch
 
 from .. import functional, masks, scores
 from ..backends import triton as backend
+from ..backends import triton_call
 from ..kernels import shim
-from ..problem import Problem
+from ..problem import Problem, Tangents
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB a block may use
 
@@ -53,17 +55,22 @@ class Report(NamedTuple):
         )
 
 
-def recorded(p: Problem, arch: str, *, train: bool = True) -> list[Recorded]:
-    """The launches of p's forward and, with `train`, of its backward, on an architecture."""
+def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
+    """The launches of p's forward, with order 1 also of its backward and with order 2 of its tangents, on an architecture."""
     found: list[Recorded] = []
 
     def record(kernel: Any, programs: int, how: Any, *args: Any) -> None:
         found.append(Recorded(kernel, args, how.num_warps, how.num_stages))
 
-    with mock.patch.object(backend, "run", record), mock.patch.object(backend, "architecture", return_value=arch):
-        out, lse, out_lo = backend.forward(p, train)
-        if train:
-            backend.backward(p, torch.empty_like(out), None, out, lse, out_lo)
+    with mock.patch.object(triton_call, "run", record), mock.patch.object(triton_call, "architecture", return_value=arch):
+        out, lse, out_lo = backend.forward(p, order > 0)
+        if order > 0:
+            backend.backward(p, out, None, out, lse, out_lo)
+        if order > 1:
+            t = Tangents(p.q, p.k, p.v, [None] * len(p.params), None)
+            backend.forward_jvp(p, t, out, lse, out_lo)
+            plain = dataclasses.replace(p, param_grads=False)
+            backend.backward_jvp(plain, t, out, None, None, None, out, lse, out_lo, out, lse)
     return found
 
 
@@ -137,9 +144,9 @@ def loop_spills(instructions: list[tuple[int, str]]) -> int:
 
 def example(
     head_dim: int, dtype: torch.dtype, *, chain: bool = False, mask: masks.Mask | None = None, dropout: float = 0.0,
-    n: int = 1024,
+    n: int = 1024, params: bool = False,
 ) -> Problem:  # fmt: skip
-    """A training call with grouped heads whose launches are the default configurations."""
+    """A training call with grouped heads; with `params` the gradients of its slopes are wanted as well."""
     q = torch.empty(1, n, 4, head_dim, dtype=dtype).transpose(1, 2)
     k, v = (torch.empty(1, n, 2, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
     score: list[scores.Score] = [scores.Softcap(30.0), scores.ALiBi(torch.empty(4))] if chain else []
@@ -147,4 +154,4 @@ def example(
     p = functional.problem(
         q, k, v, masks.Causal("top_left") if mask is None else mask, score, None, None, dropout, "tiled", None, None, draw=False
     )
-    return Problem(**{**p.__dict__, "rng": rng, "param_grads": False})
+    return dataclasses.replace(p, rng=rng, param_grads=params)

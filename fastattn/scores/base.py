@@ -272,6 +272,12 @@ def on_device_too(cls: type[Score]) -> bool:
     return own < cls.__mro__.index(Score) and all(own <= definer(name) for name in ("value", "derivs", "term"))
 
 
+def wide_plane(x: Tensor) -> int | None:
+    """1 where an offset inside one (rows, keys) plane of x needs 64 bits: kernels compile another address for it."""
+    reach = sum((n - 1) * s for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
+    return None if reach < 1 << 31 else 1
+
+
 def lead_strides(x: Tensor) -> tuple[int, int]:
     """Strides of the leading (B|1, H|1) dimensions, 0 where one value serves all."""
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)

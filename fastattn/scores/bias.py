@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Additive, DeviceGradient, lead_strides, leading
+from .base import Additive, DeviceGradient, lead_strides, leading, wide_plane
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -67,7 +67,7 @@ class Bias(Additive, built_in="bias"):
         bias = self.params[0]
         rows, keys = bias.shape[2:]
         strides = (*lead_strides(bias), bias.stride(2) if rows > 1 else 0, bias.stride(3) if keys > 1 else 0)
-        return bias, strides, (max(rows, 1), max(keys, 1))
+        return bias, strides, (max(rows, 1), max(keys, 1)), wide_plane(bias)
 
     def device_gradient(self) -> DeviceGradient:
         from ..kernels import scores
