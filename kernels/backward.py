@@ -10,16 +10,16 @@ that raw scores need not stay alive. lse2 is lse in base 2 and +inf for rows tha
 from .chain import apply_scores, place, pull_scores
 from .dropout import kept
 from .masks import key_range, predicates, row_range, row_spans
-from .shim import LOG2E, jit, tl
+from .shim import LOG2E, jit, kernel, tl
 from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
 
 
-@jit
+@kernel
 def row_delta(
     do, out, out_lo, lse, dlse, delta, lse2, strides, n_q, n_pad, n_h, DIM: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta from both halves of out, and lse2, of rows padded to n_pad. strides: do, out, out_lo, dlse (entry, head, row)."""
+    """delta from both halves of out, and lse2, of rows padded to n_pad. strides: do, out, out_lo."""
     q0, b, h = program_tile(n_pad, n_h, BLOCK_Q, False)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -30,8 +30,7 @@ def row_delta(
     do_tile = load_rows(head_of(do, b, h, strides[0]), q0, strides[0], 0, n_q, BLOCK_Q, DIM, PADDED, True)
     total = tl.sum(o * do_tile.to(tl.float32), 1)
     if dlse is not None:
-        at = dlse + b * strides[3][0] + h * strides[3][1] + q_idx.to(tl.int64) * strides[3][2]
-        total -= tl.load(at, mask=ok, other=0.0)
+        total -= tl.load(dlse + (b * n_h + h) * n_q + q_idx, mask=ok, other=0.0)
     row = (b * n_h + h) * n_pad + q_idx
     row_lse = tl.load(lse + (b * n_h + h) * n_q + q_idx, mask=ok, other=float("-inf"))
     seen = row_lse > float("-inf")
@@ -97,13 +96,13 @@ def mean_key(k, lo, first, last, strides, DIMS: tl.constexpr, BLOCK_K: tl.conste
     return tl.sum(tile, 0) / tl.maximum(n, 1).to(tl.float32)
 
 
-@jit
+@kernel
 def backward_dq(
     q, k, v, do, lse2, delta, dlse, sinks, dq_out, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, n_pad,
     FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ZERO_SUM: tl.constexpr,
 ):  # fmt: skip
-    """dq of one tile of queries. strides: q, k, v, do, dq, dlse (entry, head, row), sinks (entry, head).
+    """dq of one tile of queries. strides: q, k, v, do, dq, sinks (entry, head).
 
     ZERO_SUM: the exact row sum of g is delta pi + dlse, pi the sink's share; what rounding made of it is taken off the
     direction in which it does harm, a mean of the row's keys. Right for any such mean, and only without a Pointwise.
@@ -144,10 +143,10 @@ def backward_dq(
         )  # fmt: skip
     if ZERO_SUM:
         if dlse is not None:
-            at = dlse + b * strides[5][0] + h * strides[5][1] + q_idx.to(tl.int64) * strides[5][2]
-            total -= tl.where(row_lse < float("inf"), tl.load(at, mask=ok, other=0.0), 0.0)
+            row_dlse = tl.load(dlse + (b * n_h + h) * n_q + q_idx, mask=ok, other=0.0)
+            total -= tl.where(row_lse < float("inf"), row_dlse, 0.0)
         if sinks is not None:
-            sink = tl.load(sinks + b * strides[6][0] + h * strides[6][1]).to(tl.float32)
+            sink = tl.load(sinks + b * strides[5][0] + h * strides[5][1]).to(tl.float32)
             total -= row_delta * tl.exp2(sink * LOG2E - row_lse)
         dq -= total[:, None] * reference[None, :]
     store_rows(head_of(dq_out, b, h, strides[4]), dq * scale, q0, strides[4], n_q, BLOCK_Q, DIMS[0], DIMS[1])
@@ -191,7 +190,7 @@ def dkdv_tiles(
     return dk, dv
 
 
-@jit
+@kernel
 def backward_dkdv(
     q, k, v, do, lse2, delta, dk_out, dv_out, data, bounds, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b,
     n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,

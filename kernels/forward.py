@@ -10,7 +10,7 @@ hidden key run first, then those before and behind them in one loop with a jump 
 from .chain import apply_scores, place
 from .dropout import kept
 from .masks import key_range, predicates, row_spans
-from .shim import LN2, LOG2E, jit, tl
+from .shim import LN2, LOG2E, jit, kernel, tl
 from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
 
 
@@ -62,7 +62,7 @@ def forward_tiles(
     return acc, row_max, row_sum, out_sum
 
 
-@jit
+@kernel
 def forward(
     q, k, v, out, out_lo, lse, sinks, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, FLAGS: tl.constexpr,
     PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr,

@@ -10,7 +10,7 @@ from .backward import weights
 from .chain import place
 from .dropout import kept
 from .masks import predicates, row_spans
-from .shim import jit, tl
+from .shim import jit, kernel, tl
 from .tiles import dot, head_of, load_rows
 
 
@@ -66,7 +66,7 @@ def gradient_tile(
     return g
 
 
-@jit
+@kernel
 def score_grads(
     q, k, v, do, lse2, delta, grads, data, weight_args, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, n_pad,
     entries, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,

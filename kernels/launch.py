@@ -1,9 +1,10 @@
 """Launch configurations: one pure function over a table per architecture.
 
-tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages], and
-the same under "<kernel> with chain" where a score chain needs its registers elsewhere. An architecture without a table
-takes the nearest older one of its maker. The values of the tables were chosen by what the compiler reports (no local
-memory in a loop, shared memory that fits); none has been timed yet.
+tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]. Under
+"<kernel>, chain" stands what a nonlinear score wants instead, under "<kernel>, heavy" what dropout and predicates want:
+they need registers that a larger tile would take. What does not fit an architecture has no entry. An architecture without
+a table takes the nearest older one of its maker. The values were chosen by what the compiler reports (no local memory in a
+loop, shared memory that fits); none has been timed yet.
 """
 
 import functools
@@ -58,7 +59,7 @@ def padded(dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def launch(kernel: str, head_dim: int, v_dim: int, itemsize: int, arch: str, chain: bool = False, n_q: int = 1 << 30) -> Launch:
+def launch(kernel: str, head_dim: int, v_dim: int, itemsize: int, arch: str, load: str = "", n_q: int = 1 << 30) -> Launch:
     """The launch of a kernel.
 
     Args:
@@ -66,14 +67,18 @@ def launch(kernel: str, head_dim: int, v_dim: int, itemsize: int, arch: str, cha
         head_dim, v_dim: of q and k, and of v; the larger decides.
         itemsize: bytes of an element of q.
         arch: "sm_90", "gfx942", "interpreter" and the like.
-        chain: whether scores stand between the products and the softmax.
+        load: "" for a plain call, "chain" with a nonlinear score, "heavy" with dropout or predicates.
         n_q: rows; few of them take a small query tile.
+
+    Raises:
+        ValueError: the kernel does not fit the architecture at this size.
     """
-    table = tables()[table_of(arch)]
-    rows = table.get(f"{kernel} with chain", {}).get(str(8 * itemsize)) if chain else None
-    rows = rows or table[kernel][str(8 * itemsize)]
-    dim = max(padded(head_dim), padded(v_dim), min(map(int, rows)))
-    if str(dim) not in rows:
-        raise ValueError(f"head_dim {max(head_dim, v_dim)} has no launch in the table of {arch}: at most {max(map(int, rows))}")
-    found = Launch(*rows[str(dim)])
+    table, bits, dim = tables()[table_of(arch)], str(8 * itemsize), str(max(padded(head_dim), padded(v_dim)))
+    names = {"": [], "chain": ["chain"], "heavy": ["heavy", "chain"]}[load]
+    for name in (*(f"{kernel}, {name}" for name in names), kernel):
+        if dim in table.get(name, {}).get(bits, {}):
+            found = Launch(*table[name][bits][dim])
+            break
+    else:
+        raise ValueError(f"the {kernel} kernel does not fit {arch} at a head_dim of {max(head_dim, v_dim)} in {bits} bits")
     return found._replace(block_q=min(found.block_q, 16)) if n_q <= SHORT else found

@@ -3,14 +3,15 @@
 For a tile of rows:   seen = [min start, max stop)     keys outside are never visited
                       full = [max start, min stop)     tiles of keys inside need no masking
 
-FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) with strides of entry,
-head and span; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by entry.
-PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides
-and with None, or 1 where an offset inside one of its planes needs 64 bits.
+FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans an
+entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
+entry. PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides and with
+None, or 1 where an offset inside one of its planes needs 64 bits.
 size is (n_q, n_k, start, stop, q_at, k_at).
 """
 
-from .shim import jit, tl
+from .shim import jit, kernel, tl
+from .tiles import program_tile
 
 
 @jit
@@ -27,7 +28,7 @@ def row_spans(mask, r, b, h, q_idx, ok, size, FLAGS: tl.constexpr):
     """(start, stop) of span r of the rows q_idx, within [0, n_k]; rows with ok=False see nothing. # [BLOCK_Q]"""
     data = mask[0]
     if FLAGS[0]:
-        at = b * data[2] + h * data[3] + r * data[4] + q_idx
+        at = (b * data[2] + h * data[3] + r) * size[0] + q_idx
         return tl.load(data[0] + at, mask=ok, other=0), tl.load(data[1] + at, mask=ok, other=0)
     else:
         start = q_idx * FLAGS[1] + affine_bound(data, 0, b, size)
@@ -93,7 +94,7 @@ def row_range(
     return aligned(first, full_lo, full_hi, last, BLOCK_Q, len(PREDICATES) > 0)
 
 
-@jit
+@kernel
 def span_bounds(start_ptr, stop_ptr, bounds, n_q, n_k, n_tiles, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
     """Per row of spans and key tile: (first, full_lo, full_hi, last) as `affine_rows` has them, into bounds (S, tiles, 4).
 
@@ -118,6 +119,27 @@ def span_bounds(start_ptr, stop_ptr, bounds, n_q, n_k, n_tiles, BLOCK_K: tl.cons
     tl.store(to + 1, tl.max(full_lo))
     tl.store(to + 2, tl.min(full_hi))
     tl.store(to + 3, tl.max(last))
+
+
+@kernel
+def dense_hull(
+    mask, start_ptr, stop_ptr, strides, wide, n_q, n_k, n_h, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The span from the first to the last visible key of every row of a bool tensor; [0, 0) where there is none."""
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, False)
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    mask += b * strides[0] + h * strides[1]
+    first, last = tl.full([BLOCK_Q], n_k, tl.int32), tl.full([BLOCK_Q], 0, tl.int32)
+    for k0 in tl.range(0, n_k, BLOCK_K):
+        k_idx = k0 + tl.arange(0, BLOCK_K)
+        inside = (q_idx < n_q)[:, None] & (k_idx < n_k)[None, :]
+        at = mask + plane_offset(q_idx[:, None], k_idx[None, :], strides, wide)
+        seen = tl.load(at, mask=inside, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(seen, k_idx[None, :], n_k), 1))
+        last = tl.maximum(last, tl.max(tl.where(seen, k_idx[None, :] + 1, 0), 1))
+    to = (b * n_h + h) * n_q + q_idx
+    tl.store(start_ptr + to, tl.where(last > 0, first, 0), mask=q_idx < n_q)
+    tl.store(stop_ptr + to, last, mask=q_idx < n_q)
 
 
 @jit

@@ -14,7 +14,7 @@ from .backward import weights
 from .chain import apply_scores, place
 from .dropout import kept
 from .masks import key_range, predicates, row_range, row_spans
-from .shim import LOG2E, jit, tl
+from .shim import LOG2E, jit, kernel, tl
 from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
 
 
@@ -85,7 +85,7 @@ def jvp_tiles(
     return acc, mean
 
 
-@jit
+@kernel
 def forward_jvp(
     q, k, v, tq, tk, tv, out, out_lo, lse, sinks, tsinks, tout, tlse, data, tscores, strides, scale, n_q, n_k, start, stop,
     q_at, k_at, n_h, n_b, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
@@ -195,7 +195,7 @@ def dq_jvp_tiles(
     return dq
 
 
-@jit
+@kernel
 def backward_dq_jvp(
     q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dq_out, data, tscores, strides, scale, n_q, n_k, start, stop, q_at,
     k_at, n_h, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
@@ -288,7 +288,7 @@ def dkdv_jvp_tiles(
     return dk, dv
 
 
-@jit
+@kernel
 def backward_dkdv_jvp(
     q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dk_out, dv_out, data, tscores, bounds, strides, scale, n_q, n_k,
     start, stop, q_at, k_at, n_kv, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,

@@ -13,6 +13,7 @@ import torch
 import fastattn as fa
 from fastattn import dispatch, functional
 from fastattn.backends.triton_call import PAD
+from fastattn.devtools import offline
 from fastattn.kernels import launch, shim
 
 HERE = Path(__file__).parent
@@ -124,8 +125,8 @@ def test_the_cpu_does_not_import_the_kernels():
 def test_every_head_dim_has_a_launch(arch, itemsize):
     for kernel in launch.KERNELS:
         for dim in (1, 8, 40, 64, 80, 96, 128, 192, 256):
-            for chain in (False, True):
-                found = launch.launch(kernel, dim, dim // 2 + 1, itemsize, arch, chain)
+            for load in ("", "chain", "heavy"):
+                found = launch.launch(kernel, dim, dim // 2 + 1, itemsize, arch, load)
                 assert found.block_q >= 16
                 assert found.block_k >= 16
                 assert all(n & (n - 1) == 0 for n in found[:3])
@@ -145,5 +146,63 @@ def test_an_architecture_takes_the_nearest_older_table():
     assert launch.table_of("sm_103") == "sm_90"
     with pytest.raises(ValueError, match="no launch table for 'sm_70'"):
         launch.table_of("sm_70")
-    with pytest.raises(ValueError, match="at most 512"):
+
+
+def test_what_does_not_fit_has_no_launch():
+    with pytest.raises(ValueError, match="the forward kernel does not fit sm_90 at a head_dim of 513 in 16 bits"):
         launch.launch("forward", 513, 8, 2, "sm_90")
+
+
+# The real compiler, which needs no GPU
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "options"),
+    [
+        ("sm_90", 128, {}),
+        ("sm_90", 64, {"chain": True}),
+        ("sm_80", 128, {"chain": True}),
+        ("sm_80", 64, {"mask": fa.Chunked(64, "top_left")}),
+    ],
+)
+def test_defaults_compile_without_spilling_in_loops(arch, head_dim, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = set()
+    for recorded in offline.recorded(offline.example(head_dim, torch.bfloat16, **options), arch):
+        found = offline.report(recorded, arch)
+        names.add(found.kernel)
+        assert found.loop_spills == 0, str(found)
+        assert found.shared <= offline.SHARED[arch] * 1024, str(found)
+        assert found.products > 0 or found.kernel in ("row_delta", "span_bounds")
+    assert names >= {"forward", "row_delta", "backward_dq", "backward_dkdv"}
+
+
+@needs_compiler
+def test_everything_else_compiles(tmp_path, monkeypatch):
+    """Tangents, gradients of parameters, dropout, a dense mask and a custom one, float32, sinks and coordinates."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import device_cases
+
+    mask = fa.Dense(torch.ones(64, 64, dtype=torch.bool)) & device_cases.MASKS["custom"](1, 4, 64, 64)
+    p = offline.example(40, torch.float32, chain=True, mask=mask, dropout=0.1, n=64, params=True)
+    p = dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
+    for recorded in offline.recorded(p, "sm_80", 2):
+        offline.compiled(recorded, "sm_80")
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", [fa.Full(), fa.Causal("top_left"), fa.SlidingWindow(9, 0, "top_left"), fa.Chunked(9)])
+def test_twenty_lengths_are_two_variants(mask):
+    variants = {}
+    for n in (1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 256, 1000):
+        for recorded in offline.recorded(offline.example(64, torch.bfloat16, mask=mask, n=n), "sm_90"):
+            name, key = offline.variant(recorded, "sm_90")
+            variants.setdefault(name, set()).add(key)
+    assert max(map(len, variants.values())) <= 2, {name: len(keys) for name, keys in variants.items()}
+
+
+def test_spills_are_counted_in_the_loop_that_multiplies():
+    lines = ["LDL R1", "HMMA R0", "STL R2", "BRA 0x10", "LDL R3", "BRA 0x40"]
+    code = [(16 * i, text) for i, text in enumerate(lines)]
+    assert offline.loop_spills(code) == 1

@@ -24,7 +24,7 @@ from . import blocked, triton_call
 from .operands import sink_weight, sum_rows_like
 from .triton_call import Call, cdiv, config, on_device, prepare, strides_of
 from .triton_rows import Statistics, key_bounds, statistics
-from .triton_tangents import backward_jvp, forward_jvp, forward_jvp2
+from .triton_tangents import TANGENTS, backward_jvp, forward_jvp, forward_jvp2
 
 __all__ = [
     "backward", "backward_jvp", "description", "falls_back", "forward", "forward_jvp", "forward_jvp2", "refusals", "supports",
@@ -50,6 +50,8 @@ def refusals(p: Problem) -> list[str]:
     for name, dim in (("head_dim", p.q.shape[3]), ("v's head_dim", p.v_dim)):
         if not 1 <= dim <= MAX_DIM:
             reasons.append(f"the kernels take a {name} of 1 to {MAX_DIM}, not {dim}")
+    if not reasons and (misfit := triton_call.misfit(p, ("forward", "dkdv", "dq"))):
+        reasons.append(misfit)
     for score in p.scores:
         if not isinstance(score, (Additive, Pointwise)) or not on_device_too(type(score)):
             reasons.append(f"score {score.name} has no Triton functions (device_functions)")
@@ -61,7 +63,10 @@ def refusals(p: Problem) -> list[str]:
 
 def falls_back(p: Problem) -> list[tuple[str, str]]:
     """(what, why) for the derivatives of p that torch operations compute."""
-    found = [("a kernel for forward mode over forward mode", "tiles of torch operations compute it, on the same device")]
+    found = []
+    if misfit := triton_call.misfit(p, TANGENTS):
+        found.append(("tangent kernels", f"{misfit}; tiles of torch operations compute them, on the same device"))
+    found += [("a kernel for forward mode over forward mode", "tiles of torch operations compute it, on the same device")]
     if p.params:
         found.append(("a kernel for the second order of parameters", "tiles of torch operations compute their part"))
         if _params_by_torch(p):
@@ -74,6 +79,8 @@ def _params_by_torch(p: Problem) -> str | None:
     for score in p.scores:
         if score.params and score.device_gradient() is None:
             return f"score {score.name} does not say how kernels sum its gradient (device_gradient)"
+    if misfit := triton_call.misfit(p, ("grads",)):
+        return misfit
     if isinstance(p.coords.q, Tensor) or isinstance(p.coords.k, Tensor):
         return "coordinates of rows or keys come from a tensor"
     return None
@@ -141,7 +148,7 @@ def _launch_dq(p: Problem, call: Call, rows: Statistics, dq: Tensor) -> None:
     triton_call.run(
         backward_kernels.backward_dq, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, rows.do, rows.lse2,
         rows.delta, rows.dlse, p.sinks, dq, call.data,
-        (*call.strides, rows.do.stride(), dq.stride(), strides_of(rows.dlse, 3), strides_of(p.sinks, 2)), p.scale, *call.ints,
+        (*call.strides, rows.do.stride(), dq.stride(), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, max(p.n_b_coords, 1), rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
         call.spans, call.dims, (how.block_q, how.block_k), call.precision,
         not any(isinstance(score, Pointwise) for score in p.scores),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import threshold
-from ..kernels import shim
+from ..kernels import masks, shim
 from ..kernels.launch import Launch, launch, padded
 from ..masks import DensePredicate
 from ..problem import Problem
@@ -97,19 +97,35 @@ def _mask_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any,
             data.append(())
             functions.append(predicate.triton_fn)
     spans, rows = p.mask.spans, p.mask.rows
-    if spans is None or len(spans) > 1:
+    hulls = [hull(x.tensor) for x in p.mask.predicates if isinstance(x, DensePredicate) and x.tensor.shape[3] > 1]
+    if spans is None or len(spans) > 1 or hulls:
         rows = p.mask.rows_tensors(p.q.device) if rows is None else rows
-        a, b = (x if x.stride(3) == 1 else x.contiguous() for x in rows)
-        b = b if b.stride() == a.stride() else b.contiguous()
-        a = a if b.stride() == a.stride() else a.contiguous()
-        strides = (*(a.stride(i) if a.shape[i] > 1 else 0 for i in (0, 1)), a.stride(2))
-        return ((a, b, *strides), tuple(data)), (1, 0, 0), tuple(functions), a.shape[2], 0, 0
+        for low, high in hulls:
+            low = torch.maximum(rows[0], low)
+            rows = low, torch.maximum(torch.minimum(rows[1], high), low)
+        a, b = (x.contiguous() for x in rows)
+        n_b, n_h, n_spans, _ = a.shape
+        apart = (n_h * n_spans if n_b > 1 else 0, n_spans if n_h > 1 else 0)
+        return ((a, b, *apart), tuple(data)), (1, 0, 0), tuple(functions), n_spans, 0, 0
     ((start, stop),) = spans
     tensors = [x.const if isinstance(x.const, Tensor) else None for x in (start, stop)]
     strides = tuple(strides_of(x, 1)[0] for x in tensors)
     ints = [0 if isinstance(x.const, Tensor) else max(-REACH // 2, min(int(x.const), REACH // 2)) for x in (start, stop)]
     flags = (0, int(start.row), int(stop.row))
     return ((*tensors, *strides), tuple(data)), flags, tuple(functions), 1, ints[0], ints[1]
+
+
+def hull(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(start, stop), int32 (B|1, H|1, 1, Lq|1): the keys of a bool tensor outside of which a row sees nothing."""
+    n_b, n_h, n_q, n_k = mask.shape
+    start, stop = (torch.empty(n_b, n_h, 1, n_q, dtype=torch.int32, device=mask.device) for _ in range(2))
+    strides, how = strides_of(mask, 4), Launch(64, 64, 4, 1)
+    with on_device(mask):
+        run(
+            masks.dense_hull, cdiv(n_q, how.block_q) * n_b * n_h, how,
+            mask.view(torch.uint8), start, stop, strides, wide_plane(mask), n_q, n_k, n_h, how.block_q, how.block_k,
+        )  # fmt: skip
+    return start, stop
 
 
 def _coord_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], int, int]:
@@ -141,8 +157,19 @@ def _dropout_args(p: Problem, coord_flags: tuple[int, ...], k_at: int) -> tuple[
 def config(p: Problem, kernel: str) -> Launch:
     """The launch of a kernel for p."""
     chain = any(isinstance(score, Pointwise) for score in p.scores)
+    load = "heavy" if p.dropout_p > 0.0 or p.mask.predicates else "chain" if chain else ""
     arch = architecture(p.q.device)
-    return launch(kernel, p.q.shape[3], p.v_dim, p.q.element_size(), arch, chain, 1 << 30 if "dkdv" in kernel else p.n_q)
+    return launch(kernel, p.q.shape[3], p.v_dim, p.q.element_size(), arch, load, 1 << 30 if "dkdv" in kernel else p.n_q)
+
+
+def misfit(p: Problem, kernels: tuple[str, ...]) -> str | None:
+    """Why one of the kernels cannot be launched for p where p is, or None."""
+    try:
+        for kernel in kernels:
+            config(p, kernel)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def strides_of(x: Tensor | None, dims: int) -> tuple[int, ...]:

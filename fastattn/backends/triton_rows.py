@@ -31,12 +31,13 @@ def statistics(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, 
     delta, lse2 = (torch.empty(p.n_b, p.n_h, n_pad, dtype=torch.float32, device=out.device) for _ in range(2))
     low = out_lo if out_lo.numel() else None
     out = reachable(out)
-    strides = (do.stride(), out.stride(), strides_of(low, 4), strides_of(dlse, 3))
+    dlse = None if dlse is None else dlse.contiguous()
+    strides = (do.stride(), out.stride(), strides_of(low, 4))
     block = 16 if padded(p.v_dim) >= 256 else 64
     with on_device(p.q):
         triton_call.run(
             backward_kernels.row_delta, n_pad // block * p.n_b * p.n_h, Launch(block, 0, 4, 1),
-            do, out, low, lse, dlse, delta, lse2, strides, p.n_q, n_pad, p.n_h, p.v_dim, padded(p.v_dim), block,
+            do, out, low, lse.contiguous(), dlse, delta, lse2, strides, p.n_q, n_pad, p.n_h, p.v_dim, padded(p.v_dim), block,
         )  # fmt: skip
     return Statistics(do, delta, lse2, dlse)
 
@@ -46,7 +47,6 @@ def key_bounds(p: Problem, call: Call, block_k: int) -> tuple[Any, ...]:
     if not call.rows:
         return ()
     start, stop = call.data[0][0][:2]
-    start, stop = start.contiguous(), stop.contiguous()
     n_b, n_h, spans, n_q = start.shape
     tiles = cdiv(p.n_k, block_k)
     bounds = torch.empty(n_b * n_h * spans, tiles, 4, dtype=torch.int32, device=start.device)

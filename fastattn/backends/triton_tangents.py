@@ -15,6 +15,8 @@ from .operands import safe_lse, sink_weight, sum_rows_like
 from .triton_call import Call, cdiv, config, on_device, prepare, reachable, strides_of
 from .triton_rows import key_bounds, statistics
 
+TANGENTS = ("jvp", "jvp dq", "jvp dkdv")
+
 
 class Moved(NamedTuple):
     """Tangents as kernel arguments; what has none is zero and takes no memory."""
@@ -46,6 +48,8 @@ def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
 def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tensor) -> tuple[Tensor, Tensor]:
     """Tangents of (out, lse): one pass over rows."""
     tangents.require_second_order(p)
+    if triton_call.misfit(p, TANGENTS):
+        return tangents.forward_jvp(p, t, out, lse, out_lo)
     call, way, how = prepare(p), moved(p, t), config(p, "jvp")
     tout, tlse = empty_like_layout(p.q, tuple(out.shape)), torch.empty_like(lse)
     low = out_lo if out_lo.numel() else None
@@ -82,13 +86,15 @@ class _Rows(NamedTuple):
 def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse) -> Grads:
     """Tangents of `backward`'s results along t and the tangents of its cotangents; tout, tlse are those of (out, lse)."""
     tangents.require_second_order(p)
+    if triton_call.misfit(p, TANGENTS):
+        return tangents.backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse)
     tlse = torch.zeros_like(lse) if tlse is None else tlse
     tout = torch.zeros_like(out) if tout is None else tout
     primal = statistics(p, do, dlse, out, lse, out_lo)
     tdelta = statistics(p, do, tdlse, tout, lse, p.q.new_empty(0)).delta
     if tdo is not None:
         tdelta = tdelta + statistics(p, tdo, None, out, lse, out_lo).delta
-    padded_tlse = F.pad(tlse, (0, tdelta.shape[2] - p.n_q))
+    padded_tlse = F.pad(tlse, (0, tdelta.shape[2] - p.n_q)).contiguous()
     rows = _Rows(primal.do, None if tdo is None else reachable(tdo), primal.lse2, padded_tlse, primal.delta, tdelta)
     dq, dk, dv = (empty_rows(x, tuple(x.shape)) for x in (p.q, p.k, p.v))
     call, way = prepare(p), moved(p, t)

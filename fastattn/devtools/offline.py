@@ -74,27 +74,40 @@ def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
     return found
 
 
-def compiled(launch: Recorded, arch: str) -> Any:
-    """A recorded launch, compiled for an architecture ("sm_90", "gfx942").
-
-    Raises:
-        RuntimeError: triton is missing, or this process interprets kernels.
-    """
+def require_compiler() -> None:
+    """Raise ValueError where triton is missing or this process interprets kernels."""
     if not shim.PRESENT or shim.INTERPRETED:
-        raise RuntimeError("compiling needs triton, and TRITON_INTERPRET unset")
-    import triton
+        raise ValueError("compiling needs triton to be installed, and TRITON_INTERPRET unset")
+
+
+def _bound(launch: Recorded, arch: str) -> tuple[Any, Any, Any, Any]:
+    """(target, its compiler, the launch's arguments by name, what the compiler specialises on)."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    kernel, compiler = launch.kernel, make_backend(target)
+    compiler = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
+    arguments, specialization, _ = bind(*launch.args, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return target, compiler, arguments, specialization
+
+
+def variant(launch: Recorded, arch: str) -> tuple[str, str]:
+    """(kernel, key): launches of a kernel with one key share a binary."""
+    return launch.kernel.__name__, str((_bound(launch, arch)[3], launch.num_warps, launch.num_stages))
+
+
+def compiled(launch: Recorded, arch: str) -> Any:
+    """A recorded launch, compiled for an architecture ("sm_90", "gfx942")."""
+    import triton
+    from triton.compiler import ASTSource
+
+    target, compiler, arguments, specialization = _bound(launch, arch)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
-    bound, specialization, _ = bind(*launch.args, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(compiler, dict(options), bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    kernel = launch.kernel
+    parsed, signature, constants, attributes = kernel._pack_args(compiler, options, arguments, specialization, None)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
 
 
 def report(launch: Recorded, arch: str) -> Report:
@@ -140,6 +153,47 @@ def loop_spills(instructions: list[tuple[int, str]]) -> int:
     bodies = [[text for address, text in instructions if low <= address <= high] for low, high in inner]
     with_products = [body for body in bodies if any(map(_is_product, body))] or bodies
     return sum(re.search(r"\b(LDL|STL)\b", text) is not None for body in with_products for text in body)
+
+
+class Row(NamedTuple):
+    """A line of a survey: a call and what one of its kernels came to, or why it did not compile."""
+
+    call: str
+    report: Report | None
+    error: str
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it compiled into the shared memory that there is."""
+        return self.report is not None and self.report.shared <= self.shared_limit
+
+    def __str__(self) -> str:
+        if self.report is None:
+            return f"{self.call:<24} {self.error}"
+        return f"{self.call:<24} {self.report}" + ("" if self.fits else "  TOO MUCH SHARED MEMORY")
+
+
+def survey(arch: str, head_dims: list[int], dtype: torch.dtype, everything: bool = False) -> Iterator[Row]:
+    """Compile the default configurations of an NVIDIA architecture: causal and row spans, with and without a chain."""
+    require_compiler()
+    rows = masks.SinkTokens(4) | masks.SlidingWindow(255, 0, "top_left")
+    calls: dict[str, dict[str, Any]] = {
+        "causal": {}, "causal, chain": {"chain": True}, "row spans": {"mask": rows},
+        "row spans, chain": {"mask": rows, "chain": True},
+    }  # fmt: skip
+    if everything:
+        calls["gradients of slopes"] = {"chain": True, "params": True}
+        calls["dense"] = {"mask": masks.Dense(torch.ones(1024, 1024, dtype=torch.bool))}
+        calls["dropout"] = {"dropout": 0.1}
+    for dim in head_dims:
+        for name, options in calls.items():
+            for launch in recorded(example(dim, dtype, **options), arch, 2 if everything else 1):
+                call, limit = f"d {dim} {name}", SHARED.get(arch, 1 << 20) * 1024
+                try:
+                    yield Row(call, report(launch, arch), "", limit)
+                except Exception as error:  # whatever the compiler raises is the answer
+                    yield Row(call, None, f"{launch.kernel.__name__}: {type(error).__name__}: {str(error)[-200:]}", limit)
 
 
 def example(

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import fastattn as fa
 from fastattn import functional
-from fastattn.backends import reference, tiled, triton
+from fastattn.backends import reference, tiled, triton, triton_call
 
 
 def qkv(n_b=1, n_h=2, n_kv=2, n_q=47, n_k=113, head_dim=16, v_dim=16, dtype=torch.float32, strided=False):
@@ -58,6 +58,18 @@ def test_long_enough_for_every_kind_of_tile(mask):
     out, lse, _ = triton.forward(p, False)
     assert_close((out, lse), tuple(x.float() for x in exact(p)), **BAR)
     assert_grads(gradients(p), gradients(p, tiled), **BAR)
+
+
+def test_a_dense_mask_is_read_once_for_the_keys_it_can_show():
+    visible = torch.ones(2, 1, 70, 90, dtype=torch.bool).tril(3) & (torch.rand(2, 1, 70, 90) < 0.5)
+    visible[:, :, 11] = False
+    start, stop = triton_call.hull(visible.to(DEVICE))
+    index = torch.arange(90)
+    inside = (index >= start.cpu()[..., None]) & (index < stop.cpu()[..., None])
+    assert not (visible[:, :, None] & ~inside).any()
+    tight = visible.any(-1)
+    assert torch.equal((stop.cpu() > start.cpu())[:, :, 0], tight)
+    assert torch.equal(start.cpu()[:, :, 0][tight], visible.int().argmax(-1)[tight].int())
 
 
 @pytest.mark.parametrize("k_at", [0, 3, "tensor"])
