@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import importlib.util
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import compat
 from .backends import tiled
+from .backends.facts import facts
 from .problem import Problem
 
 BACKENDS = ("tiled", "triton")
@@ -53,12 +54,17 @@ def settled(p: Problem, name: str | None) -> Problem:
             'attention on cuda tensors runs Triton kernels, and triton is not installed: pip install "fastattn[triton]". '
             'backend="tiled" works without it, as torch operations'
         )
-    reasons = verbs("triton").refusals(p)
+    reasons = _against_triton(*facts(p))
     if not reasons:
         return p
     if name is not None:
         raise ValueError(f'backend="triton" cannot run this call: {"; ".join(reasons)}')
     return dataclasses.replace(p, backend="tiled")
+
+
+@compat.constant_in_graphs
+def _against_triton(*facts: Any) -> tuple[str, ...]:
+    return verbs("triton").refusals(*facts)
 
 
 @compat.constant_in_graphs

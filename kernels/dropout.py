@@ -24,7 +24,7 @@ def philox(dropout, b, at, q, fours):
 def kept(dropout, b, at, k_first, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS: tl.constexpr, COLUMNS: tl.constexpr):
     """Which weights stay. `at` is the place of a tile [BLOCK_Q, BLOCK_K], or of its transpose with COLUMNS; its first key
     coordinate is k_first where keys are consecutive."""
-    limit = dropout[2].to(tl.uint32)
+    limit = tl.full([1, 1], dropout[2], tl.uint32)
     if FLAGS[8]:
         fours = (k_first.to(tl.uint32) >> 2) + tl.arange(0, BLOCK_K // 4).to(tl.uint32)
         w0, w1, w2, w3 = philox(dropout, b, at, at[2].reshape([BLOCK_Q, 1]), fours[None, :])

@@ -192,6 +192,20 @@ def test_everything_else_compiles(tmp_path, monkeypatch):
 
 
 @needs_compiler
+def test_ones_compile(tmp_path, monkeypatch):
+    """The compiler takes an argument of 1 for a constant: every size, stride and offset that can be 1 is 1 here."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    q = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
+    scores = (fa.Bias(torch.zeros(1, 1, 1, 1)), fa.RelativeBias(torch.zeros(1), offset=1), fa.ALiBi(torch.zeros(1)))
+    coords = fa.Coordinates(b=1, h=1, q=1, k=1)
+    mask = fa.Dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    p = functional.problem(q, q, q, mask, scores, torch.zeros(1), None, 1e-9, "tiled", None, coords)
+    p = dataclasses.replace(p, dropout_p=1.5 / 2**32)  # a threshold of 1
+    for recorded in offline.recorded(p, "sm_80", 2):
+        offline.compiled(recorded, "sm_80")
+
+
+@needs_compiler
 @pytest.mark.parametrize("mask", [fa.Full(), fa.Causal("top_left"), fa.SlidingWindow(9, 0, "top_left"), fa.Chunked(9)])
 def test_twenty_lengths_are_two_variants(mask):
     variants = {}

@@ -15,12 +15,12 @@ from ..kernels import forward as forward_kernels
 from ..kernels import grads as grad_kernels
 from ..kernels import shim
 from ..kernels.launch import table_of
-from ..masks import DensePredicate
 from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows
-from ..scores import Additive, Pointwise
+from ..scores import Additive, Pointwise, Score
 from ..scores.base import on_device_too
 from ..scores.relative import diagonal_sums
 from . import blocked, triton_call
+from .facts import facts
 from .operands import sink_weight, sum_rows_like
 from .triton_call import Call, cdiv, config, on_device, prepare, strides_of
 from .triton_rows import Statistics, key_bounds, statistics
@@ -36,35 +36,38 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def supports(p: Problem) -> str | None:
     """Why this backend cannot run the call, or None."""
-    reasons = refusals(p)
+    reasons = refusals(*facts(p))
     return "; ".join(reasons) if reasons else None
 
 
-def refusals(p: Problem) -> list[str]:
-    """Every reason why this backend cannot run the call."""
+def refusals(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], load: str, scores: tuple[type[Score], ...],
+    customs: tuple[tuple[str, bool], ...],
+) -> tuple[str, ...]:  # fmt: skip
+    """Every reason why this backend cannot run a call, from what `facts` says of it."""
     reasons = [] if shim.PRESENT else ["triton is not installed"]
-    if p.q.device.type != "cuda" and not shim.INTERPRETED:
-        reasons.append(f"the kernels run on cuda tensors, or with TRITON_INTERPRET=1 anywhere; these are on {p.q.device.type}")
-    if p.q.dtype not in DTYPES:
-        reasons.append(f"the kernels take float16, bfloat16 and float32, not {str(p.q.dtype)[6:]}")
-    for name, dim in (("head_dim", p.q.shape[3]), ("v's head_dim", p.v_dim)):
+    if device.type != "cuda" and not shim.INTERPRETED:
+        reasons.append(f"the kernels run on cuda tensors, or with TRITON_INTERPRET=1 anywhere; these are on {device.type}")
+    if dtype not in DTYPES:
+        reasons.append(f"the kernels take float16, bfloat16 and float32, not {str(dtype)[6:]}")
+    for name, dim in zip(("head_dim", "v's head_dim"), dims, strict=True):
         if not 1 <= dim <= MAX_DIM:
             reasons.append(f"the kernels take a {name} of 1 to {MAX_DIM}, not {dim}")
-    if not reasons and (misfit := triton_call.misfit(p, ("forward", "dkdv", "dq"))):
+    if not reasons and (misfit := triton_call.misfit(device, dtype, dims, load, ("forward", "dkdv", "dq"))):
         reasons.append(misfit)
-    for score in p.scores:
-        if not isinstance(score, (Additive, Pointwise)) or not on_device_too(type(score)):
+    for score in scores:
+        if not issubclass(score, (Additive, Pointwise)) or not on_device_too(score):
             reasons.append(f"score {score.name} has no Triton functions (device_functions)")
-    for predicate in p.mask.predicates:
-        if not isinstance(predicate, DensePredicate) and predicate.triton_fn is None:
-            reasons.append(f"the custom mask {predicate.key} has no triton_fn")
-    return reasons
+    for key, has_triton in customs:
+        if not has_triton:
+            reasons.append(f"the custom mask {key} has no triton_fn")
+    return tuple(reasons)
 
 
 def falls_back(p: Problem) -> list[tuple[str, str]]:
     """(what, why) for the derivatives of p that torch operations compute."""
     found = []
-    if misfit := triton_call.misfit(p, TANGENTS):
+    if misfit := triton_call.misfit(*facts(p)[:4], TANGENTS):
         found.append(("tangent kernels", f"{misfit}; tiles of torch operations compute them, on the same device"))
     found += [("a kernel for forward mode over forward mode", "tiles of torch operations compute it, on the same device")]
     if p.params:
@@ -79,7 +82,7 @@ def _params_by_torch(p: Problem) -> str | None:
     for score in p.scores:
         if score.params and score.device_gradient() is None:
             return f"score {score.name} does not say how kernels sum its gradient (device_gradient)"
-    if misfit := triton_call.misfit(p, ("grads",)):
+    if misfit := triton_call.misfit(*facts(p)[:4], ("grads",)):
         return misfit
     if isinstance(p.coords.q, Tensor) or isinstance(p.coords.k, Tensor):
         return "coordinates of rows or keys come from a tensor"

@@ -15,6 +15,7 @@ from ..masks import DensePredicate
 from ..problem import Problem
 from ..scores import Pointwise, Score
 from ..scores.base import wide_plane
+from .facts import facts
 
 REACH = 1 << 31  # elements that an offset inside a tile can span
 PAD = 128  # rows of the backward's statistics are padded to a multiple of the largest query tile
@@ -156,17 +157,17 @@ def _dropout_args(p: Problem, coord_flags: tuple[int, ...], k_at: int) -> tuple[
 
 def config(p: Problem, kernel: str) -> Launch:
     """The launch of a kernel for p."""
-    chain = any(isinstance(score, Pointwise) for score in p.scores)
-    load = "heavy" if p.dropout_p > 0.0 or p.mask.predicates else "chain" if chain else ""
-    arch = architecture(p.q.device)
-    return launch(kernel, p.q.shape[3], p.v_dim, p.q.element_size(), arch, load, 1 << 30 if "dkdv" in kernel else p.n_q)
+    device, dtype, dims, load, _, _ = facts(p)
+    return launch(kernel, *dims, dtype.itemsize, architecture(device), load, 1 << 30 if "dkdv" in kernel else p.n_q)
 
 
-def misfit(p: Problem, kernels: tuple[str, ...]) -> str | None:
-    """Why one of the kernels cannot be launched for p where p is, or None."""
+def misfit(
+    device: torch.device, dtype: torch.dtype, dims: tuple[int, int], load: str, kernels: tuple[str, ...]
+) -> str | None:  # fmt: skip
+    """Why one of the kernels cannot be launched for such a call (`facts`), or None."""
     try:
         for kernel in kernels:
-            config(p, kernel)
+            launch(kernel, *dims, dtype.itemsize, architecture(device), load)
     except ValueError as error:
         return str(error)
     return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import tangents as kernels
 from ..problem import Grads, Problem, Tangents, ThreeTangents, empty_like_layout, empty_rows
 from . import tangents, triton_call
+from .facts import facts
 from .operands import safe_lse, sink_weight, sum_rows_like
 from .triton_call import Call, cdiv, config, on_device, prepare, reachable, strides_of
 from .triton_rows import key_bounds, statistics
@@ -48,7 +49,7 @@ def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
 def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tensor) -> tuple[Tensor, Tensor]:
     """Tangents of (out, lse): one pass over rows."""
     tangents.require_second_order(p)
-    if triton_call.misfit(p, TANGENTS):
+    if triton_call.misfit(*facts(p)[:4], TANGENTS):
         return tangents.forward_jvp(p, t, out, lse, out_lo)
     call, way, how = prepare(p), moved(p, t), config(p, "jvp")
     tout, tlse = empty_like_layout(p.q, tuple(out.shape)), torch.empty_like(lse)
@@ -86,7 +87,7 @@ class _Rows(NamedTuple):
 def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse) -> Grads:
     """Tangents of `backward`'s results along t and the tangents of its cotangents; tout, tlse are those of (out, lse)."""
     tangents.require_second_order(p)
-    if triton_call.misfit(p, TANGENTS):
+    if triton_call.misfit(*facts(p)[:4], TANGENTS):
         return tangents.backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse)
     tlse = torch.zeros_like(lse) if tlse is None else tlse
     tout = torch.zeros_like(out) if tout is None else tout

@@ -4,7 +4,7 @@ import cases
 import pytest
 import torch
 from bars import assert_within, errors
-from device_cases import DEVICE, MASKS, stripes
+from device_cases import DEVICE, MASKS, Square, Tilt, stripes
 from torch.testing import assert_close
 
 import fastattn as fa
@@ -248,6 +248,35 @@ def test_through_the_front_with_autograd_and_second_order():
     assert told.backend == "triton"
     assert "tiles of" in told.kernel
     assert "forward mode over forward mode" in str(told)
+
+
+def test_a_users_scores():
+    """Their Triton functions beside their operations; a parameter's gradient takes torch operations."""
+    q, k, v = qkv(n_q=19, n_k=35)
+    p = problem(q, k, v, fa.Causal("bottom_right"), (Square(0.1), Tilt(torch.tensor([0.02], device=DEVICE)), fa.Softcap(3.0)))
+    assert_close(triton.forward(p, False)[0], exact(p)[0].float(), **BAR)
+    assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
+    assert "device_gradient" in str(triton.falls_back(p))
+
+
+def test_one_graph_under_compile():
+    q, k, v = (x.requires_grad_() for x in qkv(n_q=5, n_k=9))
+    slopes = torch.rand(2, device=DEVICE, requires_grad=True)
+
+    def loss(q, k, v, slopes):
+        score = (fa.Softcap(3.0), fa.ALiBi(slopes))
+        return fa.attention(q, k, v, mask=fa.Causal("top_left"), score=score, backend="triton").sum()
+
+    inputs = (q, k, v, slopes)
+    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(ours, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vmap_over_samples():
+    q, k, v = (x[None].expand(3, *x.shape).clone() for x in qkv(n_q=5, n_k=9))
+    mapped = lambda backend: torch.vmap(lambda *x: fa.attention(*x, mask=fa.Causal("top_left"), backend=backend))(q, k, v)
+    assert_close(mapped("triton"), mapped("tiled"), **BAR)
 
 
 def test_stripes_is_the_mask_it_claims_to_be():
