@@ -29,9 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         print(f"fastattn {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A tensor that takes no memory: `explain` looks at shapes only.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        return torch.empty((), dtype=dtype, device=device).expand(shape)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def info(options: argparse.Namespace) -> int:
@@ -53,9 +65,9 @@ def explain(options: argparse.Namespace) -> int:
     k_shape = options.k or q_shape
     v_shape = options.v or k_shape
     dtype = DTYPES[options.dtype]
-    q, k, v = (torch.empty(shape, dtype=dtype, device=options.device) for shape in (q_shape, k_shape, v_shape))
-    mask = None if options.mask is None else written(options.mask, masks, "--mask")
-    score = [written(text, scores, "--score") for text in options.score]
+    q, k, v = (_empty(shape, dtype, options.device) for shape in (q_shape, k_shape, v_shape))
+    mask = None if options.mask is None else written(options.mask, masks.Mask, masks, "--mask")
+    score = [written(text, scores.Score, scores, "--score") for text in options.score]
     print(functional.explain(q, k, v, mask=mask, score=score, dropout_p=options.dropout, backend=options.backend))
     return 0
 
@@ -107,30 +119,43 @@ def compile_kernels(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def written(text: str, module: Any, argument: str) -> Any:
+def written(text: str, kind: type, module: Any, argument: str) -> Any:
     """A mask or score from the text of its construction, such as "Causal() & SlidingWindow(255, 0)".
 
-    Only names of `module`, literals, & and | count; nothing else is evaluated.
+    Only the subclasses of `kind` that `module` exports, literals, & and | count; nothing else is evaluated.
 
     Raises:
-        ValueError: the text is none.
+        TypeError, ValueError: the text is none, or what it names does not take its arguments.
     """
+    names = {name: x for name in module.__all__ if _is_below(x := getattr(module, name), kind)}
 
     def read(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
             left, right = read(node.left), read(node.right)
             return left & right if isinstance(node.op, ast.BitAnd) else left | right
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in module.__all__:
-            keywords = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
-            return getattr(module, node.func.id)(*map(ast.literal_eval, node.args), **keywords)
-        raise ValueError(ast.unparse(node))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            keywords = {k.arg: _literal(k.value) for k in node.keywords if k.arg}
+            return names[node.func.id](*map(_literal, node.args), **keywords)
+        raise SyntaxError(ast.unparse(node))
 
     try:
         return read(ast.parse(text, mode="eval").body)
     except SyntaxError as error:
-        raise ValueError(f"{argument} {text!r} is not an expression") from error
-    except ValueError as error:
-        raise ValueError(f'{argument} {text!r}: cannot read {error}; an example: "Causal()"') from error
+        example = "Causal()" if kind is masks.Mask else "Softcap(50.0)"
+        raise ValueError(f'{argument} {text!r}: cannot read {error.msg}; an example: "{example}"') from error
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{argument} {text!r}: {error}") from error
+
+
+def _is_below(x: Any, kind: type) -> bool:
+    return isinstance(x, type) and issubclass(x, kind) and x is not kind
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise SyntaxError(ast.unparse(node)) from None
 
 
 def _insert(sections: dict[str, str], facts: dict[str, Any], page: Path) -> None:
@@ -145,9 +170,34 @@ def _insert(sections: dict[str, str], facts: dict[str, Any], page: Path) -> None
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(n) for n in text.split(","))
+        sizes = tuple(int(n) for n in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"a shape is written as 1,8,1024,64, got {text!r}") from None
+        sizes = (-1,)
+    if min(sizes) < 0:
+        raise argparse.ArgumentTypeError(f"a shape is written as 1,8,1024,64, got {text!r}")
+    return sizes
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0.0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return minutes
+
+
+def _page(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be an existing Markdown page, got {text!r}")
+    return Path(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,14 +223,14 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("bench", help="errors against float64 and times beside torch's attention")
     one.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)} or all (default: models training)")
     one.add_argument("--quick", action="store_true", help="a few rounds of everything: to see that it runs")
-    one.add_argument("--minutes", type=float, default=3.0, help="about how long to time a suite (default 3)")
+    one.add_argument("--minutes", type=_minutes, default=3.0, help="about how long to time a suite (default 3)")
     one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
     one.add_argument("--list", action="store_true", help="list the workloads and stop")
     one.add_argument("--no-compile", action="store_true", help="leave out peers that compile first (FlexAttention)")
-    one.add_argument("--threads", type=int, default=1, help="torch's CPU threads (default 1)")
+    one.add_argument("--threads", type=_threads, default=1, help="torch's CPU threads (default 1)")
     one.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     one.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for JSON, tables and picture")
-    one.add_argument("--into", type=Path, metavar="PAGE", help="also put the tables between the marks of a Markdown page")
+    one.add_argument("--into", type=_page, metavar="PAGE", help="also put the tables between the marks of a Markdown page")
     one.set_defaults(run=bench)
 
     one = commands.add_parser("compile", help="compile the Triton kernels without a GPU: registers, spills, shared memory")

@@ -50,6 +50,19 @@ class Coordinates:
         shown = (f"{n}={x if not isinstance(x, Tensor) else tuple(x.shape)}" for n, x in zip("bhqk", self.parts, strict=True))
         return f"Coordinates({', '.join(shown)})"
 
+    def reach(self, name: str, n: int) -> tuple[int, int] | None:
+        """The lowest and the highest coordinate of q or k over n rows or keys; None where there is none or it is not known
+        without waiting for a device."""
+        x = getattr(self, name)
+        if not isinstance(x, Tensor):
+            return (x, x + n - 1) if n > 0 else None
+        if x.numel() == 0 or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+            return None
+        try:
+            return int(x.min()), int(x.max())
+        except RuntimeError:  # inside torch.func transforms and under fake tensors
+            return None
+
     def canonical(self, n_b: int, n_h: int, n_q: int, n_k: int) -> Coordinates:
         """The same with tensors as b (B, 1) or (B|1, Lq), h (1, Hq), q (B|1, Lq), k (B|1, Lk).
 
@@ -72,7 +85,7 @@ def _fitted(name: str, x: Any, shapes: tuple[tuple[int, ...], ...], column: bool
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"coords.{name} must be an int or an int32 or int64 tensor, got {got}")
-    if tuple(x.shape) not in shapes:
+    if not any(len(shape) == x.dim() and all(a == b for a, b in zip(x.shape, shape)) for shape in shapes):
         raise ValueError(f"coords.{name} must be an int or have one of the shapes {shapes}, got {tuple(x.shape)}")
     if x.dim() == 1:
         return x[:, None] if column else x[None]

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import compat
 from .autograd import BWD
 from .backends.fused import VECTOR
+from .problem import rows_apart
 
 SMALL = 1 << 19  # score elements beyond which the host's work no longer shows
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -37,7 +38,7 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
         return None
     if q.dtype != k.dtype or q.dtype != v.dtype or not k.is_cpu or not v.is_cpu:
         return None
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or not rows_apart(q):
         return None
     if scale is None:
         scale = 1.0 / math.sqrt(dim)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from . import autograd, dispatch, express
 from .backends import reference
 from .coords import Coordinates
 from .masks import Causal, Dense, DensePredicate, Documents, Full, LoweredMask, Mask
+from .masks.checks import brief
+from .masks.ragged import check_cumulative, check_within
 from .problem import IDENTITY, Problem, acc_dtype
 from .scores import Score
 
@@ -70,7 +73,7 @@ def attention(
     """
     bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None and not dropout_p
     usual = not return_lse and backend is None and deterministic is None
-    if bare and usual and (mask is None or type(mask) is Causal):
+    if bare and usual and (mask is None or (type(mask) is Causal and not isinstance(mask.align, int))):
         short = express.attend(q, k, v, mask is not None, scale)
         if short is not None:
             return short
@@ -94,12 +97,14 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
     check_qkv(q, k, v)
     n_b, n_h, n_q, _ = q.shape
     n_k = k.shape[2]
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, numbers.Real) or not 0.0 <= float(dropout_p) < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be None, True or False, got {deterministic!r}")
+    if coords is not None:
+        coords = checked_coords(coords, n_b, n_h, n_q, n_k, q.device)
     rng = None
-    if dropout_p > 0.0 and draw:  # two 32-bit words: the Philox key
+    if float(dropout_p) > 0.0 and draw:  # two 32-bit words: the Philox key
         rng = torch.randint(0, 1 << 32, (1, 2), dtype=torch.int64, device=q.device)
     p = Problem(
         q, k, v,
@@ -107,7 +112,7 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
         checked_scores(score, n_b, n_h, n_q, n_k, q, coords),
         checked_sinks(sinks, n_b, n_h, q),
         rng,
-        IDENTITY if coords is None else checked_coords(coords, n_b, n_h, n_q, n_k),
+        IDENTITY if coords is None else coords,
         checked_scale(scale, q.shape[3]),
         float(dropout_p),
         dispatch.choose(backend, q.device),
@@ -118,10 +123,19 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where autocast is on for their device."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and autocasting(q.device):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+        q, k, v = (x.to(dtype) if _is_cast(x) else x for x in (q, k, v))
     return q, k, v
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for a device; there are devices that it does not know."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _is_cast(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -161,11 +175,15 @@ def checked_scale(scale: Any, head_dim: int) -> float:
         if scale.requires_grad:
             raise TypeError("scale must be a number; it gets no gradient here: multiply q by a learned scale instead")
         scale = scale.item()
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    try:
+        scale = float(scale)
+    except OverflowError:
+        scale = math.inf
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale!r}")
-    return float(scale)
+    return scale
 
 
 def lowered_mask(mask: MaskLike, n_b: int, n_h: int, n_q: int, n_k: int, device: torch.device) -> LoweredMask:
@@ -196,9 +214,9 @@ def _check_mask_tensors(mask: LoweredMask, n_b: int, n_h: int, device: torch.dev
     for x in tensors:
         if x.device != device:
             raise ValueError(f"mask must be on q's device {device}, got {x.device}")
-        if x.shape[0] not in (1, n_b):
+        if x.shape[0] != 1 and x.shape[0] != n_b:
             raise ValueError(f"mask must have batch size 1 or {n_b}, got {x.shape[0]}")
-        if x.dim() == 4 and x.shape[1] not in (1, n_h):
+        if x.dim() == 4 and x.shape[1] != 1 and x.shape[1] != n_h:
             raise ValueError(f"mask must have 1 or {n_h} heads, got {x.shape[1]}")
 
 
@@ -206,14 +224,22 @@ def checked_scores(score: ScoreLike, n_b: int, n_h: int, n_q: int, n_k: int, q: 
     """The chain with parameters in their explicit shapes."""
     if isinstance(score, Score):
         score = (score,)
-    if not score:
-        return ()
+    if not isinstance(score, (tuple, list)):
+        raise TypeError(f"score must be a Score or a sequence of Scores, got {brief(score)}")
     chain = []
     for item in score:
         if not isinstance(item, Score):
-            raise TypeError(f"score must be a Score or a sequence of Scores, got {type(item).__name__}")
+            raise TypeError(f"score must be a Score or a sequence of Scores, got one of {brief(item)}")
         item.validate(n_b, n_h, n_q, n_k, q.dtype, q.device)
-        chain.append(item.canonical(n_b, n_h))
+        item.check_coords(coords, n_b, n_h, n_q, n_k)
+        item = item.canonical(n_b, n_h)
+        for x in item.params:
+            if x.dim() < 2 or (x.shape[0] != 1 and x.shape[0] != n_b) or (x.shape[1] != 1 and x.shape[1] != n_h):
+                raise ValueError(
+                    f"canonical() of {item.name} must give its parameters leading dimensions ({n_b} or 1, {n_h} or 1), "
+                    f"got shape {tuple(x.shape)}"
+                )
+        chain.append(item)
     return tuple(chain)
 
 
@@ -228,15 +254,18 @@ def checked_sinks(sinks: Tensor | None, n_b: int, n_h: int, q: Tensor) -> Tensor
     if sinks.device != q.device:
         raise ValueError(f"sinks must be on q's device {q.device}, got {sinks.device}")
     shaped = sinks[None] if sinks.dim() == 1 else sinks
-    if shaped.dim() != 2 or shaped.shape[1] != n_h or shaped.shape[0] not in (1, n_b):
+    if shaped.dim() != 2 or shaped.shape[1] != n_h or (shaped.shape[0] != 1 and shaped.shape[0] != n_b):
         raise ValueError(f"sinks must have shape ({n_h},) or ({n_b}, {n_h}), got {tuple(sinks.shape)}")
     return shaped
 
 
-def checked_coords(coords: Coordinates, n_b: int, n_h: int, n_q: int, n_k: int) -> Coordinates:
+def checked_coords(coords: Coordinates, n_b: int, n_h: int, n_q: int, n_k: int, device: torch.device) -> Coordinates:
     """coords with tensors in their explicit shapes."""
     if not isinstance(coords, Coordinates):
         raise TypeError(f"coords must be Coordinates or None, got {type(coords).__name__}")
+    for name, x in zip("bhqk", coords.parts):
+        if isinstance(x, Tensor) and x.device != device:
+            raise ValueError(f"coords.{name} must be on q's device {device}, got {x.device}")
     return coords.canonical(n_b, n_h, n_q, n_k)
 
 
@@ -259,7 +288,8 @@ def varlen_attention(
     """Attention inside each of several documents packed one after another, without padding and without host syncs.
 
     The same function as `attention` on each document alone: scores and dropout see a document's number and the
-    positions inside it. A row of a mask aligned "bottom_right" stands at its position plus len_k - len_q.
+    positions inside it. With a mask aligned "bottom_right" a row's position counts from len_k - len_q, as a cache's newest
+    rows do: there it is `attention(..., coords=Coordinates(q=len_k - len_q))` of the document.
 
     Args:
         q: (total_q, Hq, Dk). k: (total_k, Hkv, Dk). v: (total_k, Hkv, Dv).
@@ -279,6 +309,16 @@ def varlen_attention(
         if not isinstance(x, Tensor) or x.dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {got}")
+    check_cumulative(cu_seqlens_q, "cu_seqlens_q")
+    if cu_seqlens_k is not None:
+        check_cumulative(cu_seqlens_k, "cu_seqlens_k")
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"cu_seqlens_k must describe as many documents as cu_seqlens_q, got {cu_seqlens_k.shape[0] - 1} and "
+                f"{cu_seqlens_q.shape[0] - 1}"
+            )
+    if mask is not None:
+        check_within(mask, cu_seqlens_k is not None, "mask")
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"cu_seqlens_k is needed where q and k differ in length, got {q.shape[0]} and {k.shape[0]}")
     documents = Documents(cu_seqlens=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, within=mask)
@@ -302,11 +342,12 @@ def document_coords(n_q: int, n_k: int, cu_q: Tensor, cu_k: Tensor | None, align
     def positions(n: int, cu: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.arange(n, device=cu.device)
         document = torch.searchsorted(cu.long()[1:].contiguous(), index, right=True).clamp(max=max(n_documents - 1, 0))
-        return document, index - cu.long()[document]
+        place = index - cu.long()[document]
+        return document, place.masked_fill(index >= cu.long()[-1], 0)  # what lies past the last document is at no place
 
     document, row = positions(n_q, cu_q)
     _, key = positions(n_k, cu_k)
-    if align == "bottom_right":
+    if align == "bottom_right" and n_documents > 0:
         row = row + (cu_k.diff() - cu_q.diff()).long()[document]
     return Coordinates(b=document[None].int(), h=0, q=row[None].int(), k=key[None].int())
 
@@ -325,8 +366,15 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
         o in o1's dtype and lse in lse1's dtype.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError, ValueError: dtypes or shapes do not fit.
     """
+    for name, x in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating point Tensor, got {brief(x)}")
+    if o1.dtype != o2.dtype or lse1.dtype != lse2.dtype:
+        raise TypeError(
+            f"o1 and o2 must have one dtype, and lse1 and lse2, got {o1.dtype}, {o2.dtype}, {lse1.dtype} and {lse2.dtype}"
+        )
     if o1.shape != o2.shape or lse1.shape != lse2.shape or lse1.shape != o1.shape[:-1]:
         raise ValueError(
             "o1 and o2 must have one shape (..., Lq, Dv) and lse1 and lse2 (..., Lq), got "

@@ -33,6 +33,8 @@ def nested_attention(
         if not is_jagged(x) or x.dim() != 4 or x.transpose(1, 2).values().dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a jagged nested tensor (batch, heads, ragged length, head_dim), got {got}")
+        if x.lengths() is not None:  # type: ignore[attr-defined]
+            raise ValueError(f"{name} must be a jagged nested tensor without holes (made without lengths); copy it first")
         rows = x.transpose(1, 2)  # (B, j, H, D)
         packed.append(rows.values())  # (total, H, D)
         offsets.append(rows.offsets())  # type: ignore[attr-defined]

@@ -281,6 +281,12 @@ def empty_rows(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = No
     return torch.empty((b, n, h, d), dtype=x.dtype if dtype is None else dtype, device=x.device).transpose(1, 2)
 
 
+def rows_apart(x: Tensor) -> bool:
+    """Whether no two rows of x (B, H, L, D) share a part: as views of `unfold` do, and kernels mistake."""
+    dim, (b, h, n, _) = x.shape[3], x.stride()
+    return (b >= dim and h >= dim and n >= dim) or all(s == 0 or s >= dim or m == 1 for s, m in zip((b, h, n), x.shape))
+
+
 def has_layout(o: Tensor, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether o is what `empty_like_layout(x, shape)` would be, told without making one."""
     _, h, n, d = shape

@@ -7,6 +7,7 @@ this raises. Every rank and broadcast of torch's is brought to (B, H, L, D) with
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import compat, dispatch, express
-from .functional import DTYPES, FULL, _autocast, _run, checked_scale
+from .functional import DTYPES, FULL, _autocast, _run, autocasting, checked_scale
 from .masks import Causal, Dense, LoweredMask, Mask
 from .nested import is_jagged, nested_attention
 from .problem import IDENTITY, Problem
@@ -52,7 +53,7 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    if attn_mask is None and dropout_p == 0.0:
+    if attn_mask is None and dropout_p == 0.0 and type(is_causal) is bool and type(enable_gqa) is bool:
         short = express.attend(query, key, value, is_causal, scale)
         if short is not None:
             return short
@@ -68,8 +69,13 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value,
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
         )  # fmt: skip
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+    if isinstance(dropout_p, Tensor) and dropout_p.dim() == 0:
+        dropout_p = dropout_p.item()
+    if not isinstance(dropout_p, numbers.Real) or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None where is_causal is True; pass the mask that you mean alone")
     query, key, value = _autocast(query, key, value)
@@ -78,6 +84,9 @@ def scaled_dot_product_attention(
     mask: Mask = TOP_LEFT if is_causal else FULL
     chain: tuple[Score, ...] = ()
     if align is not None:
+        if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (n_q, k.shape[2]):  # type: ignore[union-attr]
+            sizes = f"{attn_mask.seq_len_q} rows and {attn_mask.seq_len_kv} keys"  # type: ignore[union-attr]
+            raise ValueError(f"attn_mask is a CausalBias for {sizes}, the call has {n_q} and {k.shape[2]}")
         mask = TOP_LEFT if align == "top_left" else BOTTOM_RIGHT
     elif attn_mask is not None:
         dense = _mask_tensor(attn_mask, q, k.shape[2], query.shape[:-2], leading)
@@ -92,11 +101,10 @@ def scaled_dot_product_attention(
         dispatch.choose(None, q.device), True,
     )  # fmt: skip
     out, _ = _run(dispatch.settled(p, None))
-    return out if query.dim() == 4 and len(leading) == 1 else out.reshape(*leading, *_heads(query, n_h), *out.shape[2:])
-
-
-def _heads(query: Tensor, n_h: int) -> tuple[int, ...]:
-    return (n_h,) if query.dim() > 2 else ()
+    if query.dim() == 4 and len(leading) == 1:
+        return out
+    heads = (n_h,) if max(query.dim(), key.dim(), value.dim()) > 2 else ()
+    return out.reshape(*leading, *heads, *out.shape[2:])
 
 
 def _four_dimensions(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool):
@@ -153,7 +161,7 @@ def _mask_tensor(attn_mask: Any, q: Tensor, n_k: int, query_leading: torch.Size,
         raise TypeError(f"attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")
     half = q.dtype in (torch.float16, torch.bfloat16)
     accepted = (torch.bool, q.dtype, torch.float32) if half else (torch.bool, q.dtype)
-    cast = torch.is_autocast_enabled(q.device.type) and attn_mask.is_floating_point()
+    cast = autocasting(q.device) and attn_mask.is_floating_point()
     if attn_mask.dtype not in accepted and not cast:
         raise TypeError(
             f"attn_mask must be bool, query's dtype {q.dtype}{' or float32' if half else ''}, got {attn_mask.dtype}"

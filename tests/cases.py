@@ -41,6 +41,7 @@ def dense(n_b, n_h, n_q, n_k):
 MASKS = {
     "full": lambda b, h, q, k: fa.Full(),
     "causal": lambda b, h, q, k: fa.Causal("top_left"),
+    "shifted": lambda b, h, q, k: fa.Causal(-2),
     "bottom_right": lambda b, h, q, k: fa.Causal("bottom_right"),
     "window": lambda b, h, q, k: fa.SlidingWindow(q // 3, 0, "bottom_right"),
     "two_sided": lambda b, h, q, k: fa.SlidingWindow(q // 4, q // 5, "top_left"),

@@ -206,12 +206,14 @@ def test_targets_compare_the_same_thing(target):
 def test_verdicts():
     first = targets.targets()[0]
     assert (first.name, first.length, first.bound) == ("full", 512, 0.95)
-    assert targets.Row(first, times(1.0, 1.0, 1.0), times(0.96, 0.96, 0.96), None).met
-    assert not targets.Row(first, times(1.0, 1.0, 1.0), times(0.9, 0.9, 0.9), None).met
+    for found, verdict in ((times(0.96, 0.96, 0.96), "met"), (times(0.9, 0.9, 0.9), "missed"), (times(0.9, 0.9, 1.0), "noise")):
+        assert targets.Row(first, times(1.0, 1.0, 1.0), found, None).verdict == verdict
     overhead = next(t for t in targets.targets() if t.overhead)
     row = targets.Row(overhead, times(30e-6, 30e-6), times(5e-6, 5e-6), None)
     assert row.value == pytest.approx(25.0)
-    assert not row.met
+    assert row.verdict == "missed"
+    shown = next(t for t in targets.targets() if t.bound is None)
+    assert targets.Row(shown, times(1.0, 1.0), times(0.1, 0.1), None).verdict == ""
     assert "missed" in table.targets([row])
 
 

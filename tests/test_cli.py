@@ -46,9 +46,15 @@ def test_explain_scores(capsys):
     ("arguments", "words"),
     [
         (["--q", "1,4,64,16", "--mask", "Causall()"], "--mask 'Causall()': cannot read Causall()"),
-        (["--q", "1,4,64,16", "--mask", "Causal("], "--mask 'Causal(' is not an expression"),
+        (["--q", "1,4,64,16", "--mask", "Causal("], "--mask 'Causal(': cannot read"),
         (["--q", "1,4,64,16", "--mask", "__import__('os')"], "cannot read __import__"),
         (["--q", "1,4,64,16", "--mask", "Causal(align='upper')"], "align"),
+        (["--q", "1,4,64,16", "--mask", "Causal(1, 2, 3)"], "--mask 'Causal(1, 2, 3)': "),
+        (["--q", "1,4,64,16", "--mask", "SlidingWindow(-1, 0)"], "left must be at least 0, got -1"),
+        (["--q", "1,4,64,16", "--mask", "resolve('this:s')"], "cannot read"),
+        (["--q", "1,4,64,16", "--mask", "Mask()"], "cannot read"),
+        (["--q", "1,4,64,16", "--score", "t5_bucket(3)"], "cannot read"),
+        (["--q", "1,4,64,16", "--device", "foo"], "--device 'foo'"),
         (["--q", "1,4,64,16", "--k", "1,3,64,16"], "multiple"),
         (["--q", "4,64,16"], "4 dimensions"),
         (["--q", "1,4,64,16", "--backend", "cuda"], "backend must be None or one of"),
@@ -59,15 +65,32 @@ def test_explain_errors(capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
-def test_shapes_are_read():
-    with pytest.raises(SystemExit):
-        cli.main(["explain", "--q", "1,a"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["explain", "--q", "1,a"], "a shape is written as 1,8,1024,64, got '1,a'"),
+        (["explain", "--q", "1,-2,3,4"], "a shape is written as 1,8,1024,64, got '1,-2,3,4'"),
+        (["bench", "--threads", "0"], "must be an integer of at least 1, got '0'"),
+        (["bench", "--minutes", "-1"], "must be a positive number, got '-1'"),
+        (["bench", "--into", "no/page.md"], "must be an existing Markdown page, got 'no/page.md'"),
+    ],
+)
+def test_arguments_are_read_first(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_explain_takes_no_memory():
+    assert cli.main(["explain", "--q", "1,8,64000000,1600"]) == 0
+    assert cli.main(["explain", "--q", "1,8,64,16", "--device", "meta"]) == 0
 
 
 def test_written_masks_and_scores():
-    mask = cli.written("SinkTokens(4) | SlidingWindow(left=3, right=0)", masks, "--mask")
+    mask = cli.written("SinkTokens(4) | SlidingWindow(left=3, right=0)", masks.Mask, masks, "--mask")
     assert mask.to_dense(8, 8).sum() > 8
-    assert cli.written("Softcap(2.0)", scores, "--score").floats == (2.0,)
+    assert cli.written("Softcap(2.0)", scores.Score, scores, "--score").floats == (2.0,)
 
 
 def test_bench_list(capsys):

@@ -69,6 +69,29 @@ def test_compiled_equals_eager(name, dynamic):
     assert counter.frame_count == first  # no length after the first compiled anything
 
 
+SHAPES = {
+    "slopes": lambda q, k, v: fa.attention(q, k, v, score=fa.ALiBi(SLOPES)),
+    "bias": lambda q, k, v: fa.attention(q, k, v, score=fa.Bias(BIAS)),
+    "table": lambda q, k, v: fa.attention(q, k, v, score=fa.RelativeBias(BIAS[:, 0].expand(4, 5))),
+    "sinks": lambda q, k, v: fa.attention(q, k, v, sinks=SLOPES),
+    "prefix": lambda q, k, v: fa.attention(q, k, v, mask=fa.PrefixLM(3)),
+    "lengths": lambda q, k, v: fa.attention(q, k, v, mask=fa.Lengths(LENGTHS)),
+    "coordinates": lambda q, k, v: fa.attention(q, k, v, score=fa.ALiBi(SLOPES), coords=fa.Coordinates(b=LENGTHS)),
+    "scale": lambda q, k, v: fa.attention(q, k, v, scale=q.shape[3] ** -0.25),
+}
+BIAS = torch.rand(4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+LENGTHS = torch.tensor([4, 6])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_constants_beside_symbolic_shapes(name):
+    compiled = torch.compile(SHAPES[name], fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (7, 9):
+        inputs = make(n)
+        for a, b in zip(run(compiled, inputs, ()), run(SHAPES[name], inputs, ()), strict=True):
+            assert_close(a, b)
+
+
 def test_inductor():
     fn = CALLS["causal chain"][0]
     inputs = make(6)

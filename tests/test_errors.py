@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 import fastattn as fa
 from fastattn.backends import tiled
@@ -24,6 +25,22 @@ class InAFunction:
                 return s
 
         return Local()
+
+
+class Optioned(fa.Pointwise):
+    static = "a/b"
+
+
+class Plain(fa.Additive):
+    params = (torch.zeros(4),)
+
+
+def returns_int(b, h, q_idx, k_idx):
+    return q_idx - k_idx
+
+
+def returns_row(b, h, q_idx, k_idx):
+    return k_idx.flatten() > 1
 
 
 BAD = {
@@ -50,7 +67,18 @@ BAD = {
     "lowered mask": (dict(mask=fa.Full().lower(5, 7)), ValueError, "mask was lowered for 5 rows and 7 keys, the call has 5 and 6"),
     "alignment": (dict(mask=fa.Causal()), ValueError, "top_left.*bottom_right"),
     "lengths batch": (dict(mask=fa.Lengths(torch.tensor([1, 2, 3]))), ValueError, "batch size 1 or 2, got 3"),
-    "score type": (dict(score=[lambda s: s]), TypeError, "score must be a Score or a sequence of Scores, got function"),
+    "score type": (dict(score=[lambda s: s]), TypeError, "score must be a Score or a sequence of Scores, got one of <lambda>"),
+    "score is a tensor": (dict(score=torch.zeros(5, 6)), TypeError, r"score must be a Score or a sequence of Scores, got <float32 \(5, 6\)>"),
+    "score is a class": (dict(score=fa.Softcap), TypeError, "score must be a Score or a sequence of Scores, got Softcap"),
+    "score static": (dict(score=Optioned()), ValueError, "static of Optioned must be a string without any of , / | =, got 'a/b'"),
+    "score without canonical": (dict(score=Plain()), ValueError, r"canonical\(\) of Plain must give its parameters leading dimensions \(2 or 1, 4 or 1\), got shape \(4,\)"),
+    "larger bias": (dict(score=fa.Bias(torch.zeros(50, 60))), ValueError, r"bias must broadcast to \(2, 4, 5, 6\), got shape \(50, 60\)"),
+    "bias and coords": (dict(score=fa.Bias(torch.zeros(7, 6)), coords=fa.Coordinates(q=3)), ValueError, "bias must hold the rows that coords.q names, 3 to 7"),
+    "bias and tensor coords": (dict(score=fa.Bias(torch.zeros(5, 6)), coords=fa.Coordinates(k=torch.arange(6) - 1)), ValueError, "bias must hold the keys that coords.k names, -1 to 4"),
+    "coords device": (dict(coords=fa.Coordinates(q=torch.arange(5, device="meta"))), ValueError, "coords.q must be on q's device cpu, got meta"),
+    "huge scale": (dict(scale=10**400), ValueError, "scale must be finite, got inf"),
+    "custom type": (dict(mask=fa.Custom(returns_int)), TypeError, "Custom torch_fn returns_int must return a bool tensor, got torch.int64"),
+    "custom shape": (dict(mask=fa.Custom(returns_row)), ValueError, r"Custom torch_fn returns_row must return a shape that broadcasts to .*, got \(6,\)"),
     "score in a function": (dict(score=InAFunction.make()), ValueError, "cannot be imported by that name; define it at the top level"),
     "bias shape": (dict(score=fa.Bias(torch.zeros(5, 5))), ValueError, r"bias must broadcast to \(2, 4, 5, 6\), got shape \(5, 5\)"),
     "slopes": (dict(score=fa.ALiBi(torch.zeros(3))), ValueError, r"slopes must have one entry for each of 4 heads, got shape \(3,\)"),
@@ -66,7 +94,8 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_attention(name, monkeypatch):
-    monkeypatch.setattr(tiled, "forward", lambda *a: pytest.fail("work was done"))
+    if not name.startswith("custom"):  # what a function returns is known when it has run
+        monkeypatch.setattr(tiled, "forward", lambda *a: pytest.fail("work was done"))
     kwargs, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call(**kwargs)
@@ -110,6 +139,38 @@ def test_varlen_rank():
         fa.varlen_attention(q(4, 2, 8), q(5, 2, 8), q(5, 2, 8), torch.tensor([0, 4]))
 
 
+def test_varlen_names_its_own_arguments():
+    x, cu = q(4, 2, 8), torch.tensor([0, 4])
+    for kwargs, error, message in (
+        (dict(cu_seqlens_q=None), TypeError, "^cu_seqlens_q must be an int32 or int64 tensor, got None"),
+        (dict(cu_seqlens_q=torch.tensor([0, 3, 2])), ValueError, "^cu_seqlens_q must never decrease"),
+        (dict(cu_seqlens_k=torch.tensor([0, 1, 2])), ValueError, "^cu_seqlens_k must describe as many documents"),
+        (dict(mask=fa.Lengths(torch.tensor([3]))), ValueError, "^mask must be Full, Causal"),
+        (dict(mask=fa.Causal(), cu_seqlens_k=cu), ValueError, "^mask Causal.* needs align="),
+    ):
+        with pytest.raises(error, match=message):
+            fa.varlen_attention(x, x, x, **({"cu_seqlens_q": cu} | kwargs))
+
+
+def test_autocast_does_not_hide_the_message():
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="k must be a Tensor, got list"):
+        call(k=[1])
+
+
+def test_merge_types():
+    with pytest.raises(TypeError, match=r"o1 must be a floating point Tensor, got \[1\]"):
+        fa.merge([1], q(2, 4, 5), q(), q(2, 4, 5))
+    with pytest.raises(TypeError, match="must have one dtype"):
+        fa.merge(q(), q(2, 4, 5), q(dtype=torch.float64), q(2, 4, 5))
+
+
+def test_jagged_with_holes():
+    x = torch.nested.nested_tensor_from_jagged(torch.zeros(10, 4, 8), torch.tensor([0, 4, 10]), torch.tensor([2, 5]))
+    x = x.transpose(1, 2)
+    with pytest.raises(ValueError, match="query must be a jagged nested tensor without holes"):
+        fa.scaled_dot_product_attention(x, x, x)
+
+
 def test_merge_shapes():
     with pytest.raises(ValueError, match="o1 and o2 must have one shape"):
         fa.merge(q(), q(2, 4, 5), q(2, 4, 6, 8), q(2, 4, 5))
@@ -128,6 +189,10 @@ SDPA = {
     "rank": (dict(query=q(8)), ValueError, "query must have at least 2 dimensions"),
     "dropout": (dict(dropout_p=1.5), ValueError, r"dropout_p must be a number in \[0, 1\], got 1.5"),
     "scale": (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    "is_causal": (dict(is_causal=None), TypeError, "is_causal must be True or False, got None"),
+    "is_causal 1": (dict(is_causal=1), TypeError, "is_causal must be True or False, got 1"),
+    "enable_gqa": (dict(enable_gqa=1), TypeError, "enable_gqa must be True or False, got 1"),
+    "causal bias": (dict(attn_mask=causal_lower_right(7, 9)), ValueError, "attn_mask is a CausalBias for 7 rows and 9 keys, the call has 5 and 6"),
 }  # fmt: skip
 
 

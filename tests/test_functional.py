@@ -228,3 +228,74 @@ def test_lowered_mask_is_shared_and_unchanged():
     for _ in range(2):
         assert_close(fa.attention(q, k, v, mask=lowered), fa.attention(q, k, v, mask=mask))
     assert all(torch.equal(a, b) for a, b in zip(before, lowered.tensors(), strict=True))
+
+
+def test_rows_without_keys_under_a_moving_span():
+    """A window that has moved past the keys: those rows' lse is -inf, or the sink's logit."""
+    x = torch.randn(12, 2, 4, dtype=torch.float64, generator=generator(1))
+    _, lse = fa.varlen_attention(x, x, x, torch.tensor([0, 3, 10]), mask=fa.SlidingWindow(1, 0), return_lse=True)
+    assert bool((lse[:, 10:] == -torch.inf).all())
+    keep = torch.arange(300)[None] < torch.tensor([[100], [300]])
+    q = torch.randn(2, 2, 300, 4, dtype=torch.float64, generator=generator(2))
+    sinks = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    mask = fa.Padding(keep) & fa.SlidingWindow(20, 0)
+    found = [fa.attention(q, q, q, mask=mask, sinks=sinks, return_lse=True, backend=b) for b in ("tiled", "reference")]
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, **TOLERANCE)
+    grads = [torch.autograd.grad(lse.masked_fill(lse == -torch.inf, 0.0).sum(), sinks)[0] for _, lse in found]
+    assert_close(*grads, **TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", [None, fa.SlidingWindow(2, 0)])
+@pytest.mark.parametrize("n", [5, 40])
+def test_rows_that_share_storage(n, mask):
+    x = torch.randn(2, 4, n + 7, dtype=torch.float64, generator=generator(n)).unfold(2, 8, 1)  # (2, 4, n, 8)
+    apart = x.contiguous()
+    expected = fa.attention(apart, apart, apart, mask=mask)
+    assert torch.equal(fa.attention(x, x, x, mask=mask), expected)
+    assert torch.equal(fa.attention(x, apart, apart, mask=mask), expected)
+    if mask is None:
+        assert torch.equal(fa.scaled_dot_product_attention(x, x, x), expected)
+
+
+@pytest.mark.parametrize("score", [(), fa.Softcap(3.0)])
+def test_nan_sink_is_seen(score):
+    x = torch.ones(1, 1, 3, 4)
+    assert fa.attention(x, x, x, sinks=torch.tensor([float("nan")]), score=score).isnan().all()
+
+
+@pytest.mark.parametrize("align", [2**31, 2**40, -(2**31) - 5, 2**31 - 1])
+def test_alignments_beyond_every_length(align):
+    q = torch.randn(1, 1, 6, 4, dtype=torch.float64, generator=generator(3))
+    wanted = torch.full((6, 6), align > 0)
+    for mask in (fa.Causal(align), fa.SlidingWindow(None, 2**40, align)):
+        assert torch.equal(mask.to_dense(6, 6)[0, 0], wanted if isinstance(mask, fa.Causal) else torch.ones(6, 6).bool())
+        expected = fa.attention(q, q, q, mask=mask.to_dense(6, 6))
+        assert_close(fa.attention(q, q, q, mask=mask), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("align", [-3, -1, 0, 2])
+def test_causal_at_a_position_of_its_own(align):
+    q = torch.randn(1, 2, 6, 4, generator=generator(6))
+    for mask in (fa.Causal(align), fa.Causal(align).lower(6, 6)):
+        assert_close(fa.attention(q, q, q, mask=mask), fa.attention(q, q, q, mask=fa.Causal(align), backend="reference"))
+
+
+def test_varlen_bias_of_the_longest_document():
+    cu = torch.tensor([0, 2, 5])
+    q, k, v = (x[0].transpose(0, 1) for x in make(6, 6, 6))
+    bias = torch.randn(4, 3, 3, dtype=torch.float64, generator=generator(4))
+    out = fa.varlen_attention(q, k, v, cu, score=fa.Bias(bias))
+    for first, last in ((0, 2), (2, 5)):
+        one = [x[first:last].transpose(0, 1)[None] for x in (q, k, v)]
+        n = last - first
+        expected = fa.attention(*one, score=fa.Bias(bias[:, :n, :n]))
+        assert_close(out[first:last], expected[0].transpose(0, 1), **TOLERANCE)
+    assert not out[5:].any()
+
+
+def test_varlen_without_documents():
+    x = torch.ones(3, 2, 4)
+    cu = torch.tensor([0])
+    out = fa.varlen_attention(x, x, x, cu, cu, mask=fa.Causal("bottom_right"), score=fa.ALiBi(torch.ones(2)))
+    assert torch.equal(out, torch.zeros_like(x))

@@ -29,7 +29,7 @@ LAYERS = (
     {"problem"},
     {"masks", "scores"},
     {"coords", "dropout"},
-    {"compat", "kernels"},
+    {"compat", "kernels", "naming"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -1,6 +1,8 @@
 """Scores: their formulas written out, gradients of every broadcast shape, and a user's own in a few lines."""
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -280,3 +282,32 @@ def test_part_of_the_rows_is_the_same_function(make_score):
 def test_errors(build, error, words):
     with pytest.raises(error, match=words):
         build()
+
+
+def run_in(module, code):
+    """Run code in a module that has no source to read, as at a prompt."""
+    exec(compile(code, "<prompt>", "exec"), module.__dict__)
+
+
+def test_a_redefinition_without_source_is_seen():
+    module = types.ModuleType("prompt_of_this_test")
+    sys.modules[module.__name__] = module
+    x = torch.randn(1, 1, 5, 4, dtype=torch.float64)
+    try:
+        outs = []
+        for number in (0, 9):
+            run_in(
+                module,
+                "import fastattn as fa\n"
+                f"class S(fa.Pointwise):\n    def value(self, s):\n        return s * {number}.0\n"
+                f"def visible(b, h, q, k):\n    return (q - k).abs() <= {number}\n",
+            )
+            outs.append(fa.attention(x, x, x, score=module.S()))
+            assert_close(outs[-1], fa.attention(x, x, x, score=module.S(), backend="reference"))
+            mask = fa.Custom(module.visible)
+            outs.append(fa.attention(x, x, x, mask=mask))
+            assert_close(outs[-1], fa.attention(x, x, x, mask=mask, backend="reference"))
+        assert not torch.equal(outs[0], outs[2])
+        assert not torch.equal(outs[1], outs[3])
+    finally:
+        del sys.modules[module.__name__]

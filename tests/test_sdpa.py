@@ -158,3 +158,33 @@ def test_jagged(causal):
         assert_close(out.unbind()[n], expected[0])
         for nested, x in zip((q, k, v), torch.autograd.grad(expected.square().sum(), one), strict=True):
             assert_close(nested.grad.unbind()[n], x[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((9, 8), (2, 4, 11, 8)), ((9, 8), (1, 1, 11, 8)), ((9, 8), (1, 11, 8)), ((4, 9, 8), (11, 8))]
+)
+def test_queries_of_lower_rank(shapes):
+    q, k = make(*shapes[0]), make(*shapes[1], seed=1)
+    v = make(*shapes[1], seed=2)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    out = fa.scaled_dot_product_attention(q, k, v)
+    assert out.shape == expected.shape
+    assert_close(out, expected)
+
+
+def test_numbers_of_other_types():
+    np = pytest.importorskip("numpy")
+    q, k, v = (make(2, 3, 5, 4, seed=i) for i in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, scale=0.25)
+    for scale in (np.float32(0.25), np.float64(0.25)):
+        assert_close(fa.scaled_dot_product_attention(q, k, v, dropout_p=np.float32(0.0), scale=scale), expected)
+    assert_close(fa.scaled_dot_product_attention(q, k, v, dropout_p=torch.tensor(0.0), scale=0.25), expected)
+
+
+def test_meta_tensors():
+    x = torch.empty(2, 3, 5, 4, device="meta")
+    mask = torch.empty(5, 5, device="meta")
+    for out in (fa.attention(x, x, x, mask=fa.Causal()), fa.scaled_dot_product_attention(x, x, x, attn_mask=mask)):
+        assert out.shape == x.shape
+        assert out.is_meta
+    assert fa.explain(x, x, x).backend == "tiled"

@@ -11,18 +11,21 @@ Still start and stop: a rectangle. Still start, moving stop: a causal triangle. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..masks import CustomPredicate, DensePredicate, LoweredMask
+from ..masks import CustomPredicate, DensePredicate, LoweredMask, intersect
 from ..problem import Problem
+from .runs import row_runs
 from .tile import Index, Tile, select, size_of
 
 ROWS = 128  # rows of a masked tile
+MASK = 1 << 22  # elements of a masked tile, where neighbours are joined
+WASTE = 1.15  # how much larger neighbours may get by being joined
 ALIGN = 16  # keys of a band's tile are a multiple of this where the region reaches far enough: matrix kernels like it
 SMALL = 32  # runs shorter than this are gathered into one masked tile
 GATHER = 1 << 18  # score elements from which a key padding mask is worth a call per batch entry
@@ -115,6 +118,8 @@ def _band_pieces(first: int, last: int, start: int, stop: int, start_step: int, 
         return
     if (start_step, stop_step) == (0, 1) and stop == start:  # the first row sees nothing
         first, stop, n = first + 1, stop + 1, n - 1
+    if (start_step, stop_step) == (1, 1) and stop == start:  # no row sees anything
+        return
     if (start_step, stop_step) == (1, 0):  # the last rows see nothing
         n = min(n, stop - start)
     high = stop + (n - 1) * stop_step
@@ -122,21 +127,86 @@ def _band_pieces(first: int, last: int, start: int, stop: int, start_step: int, 
         yield slice(first, first + n), slice(start, high), Band(0, stop - start, start_step, stop_step)
 
 
-def _mixed_piece(first: int, last: int, start: Tensor, stop: Tensor) -> Iterator[Piece]:
-    """Rows [first, last) of any spans (R, n): one masked tile over the keys that one of them sees."""
+class Masked(NamedTuple):
+    """Rows, keys, and which of the keys each row sees: bool (B|1, H|1, rows|1, keys)."""
+
+    rows: slice
+    keys: Index
+    visible: Tensor
+
+
+def _mixed_pieces(first: int, last: int, start: Tensor, stop: Tensor) -> Iterator[Piece]:
+    """Rows [first, last) of any spans (R, n): masked tiles over the keys that their rows see."""
+    tiles = (_mixed_tile(row, min(row + ROWS, last), start, stop) for row in range(first, last, ROWS))
+    for tile in _joined(tile for tile in tiles if tile is not None):
+        yield from _tight(*tile)
+
+
+def _mixed_tile(first: int, last: int, start: Tensor, stop: Tensor) -> Masked | None:
+    """Rows [first, last) over the keys from the first to the last that one of a span's rows sees; None for no keys."""
     start, stop = start[:, first:last, None], stop[:, first:last, None]
     some = stop > start
-    if not bool(some.any()):
+    ranges: list[list[int]] = []  # one of each span, those that touch made one
+    for low, high in sorted((int(a[m].min()), int(b[m].max())) for a, b, m in zip(start, stop, some) if bool(m.any())):
+        if ranges and low <= ranges[-1][1]:
+            ranges[-1][1] = max(ranges[-1][1], high)
+        else:
+            ranges.append([low, high])
+    if not ranges:
+        return None
+    key = torch.cat([torch.arange(low, high, device=start.device) for low, high in ranges])
+    visible = ((key >= start) & (key < stop)).any(0)[None, None]
+    return Masked(slice(first, last), slice(*ranges[0]) if len(ranges) == 1 else key, visible)
+
+
+def _joined(found: Iterable[Masked]) -> Iterator[Masked]:
+    """Masked tiles, neighbours made one where they see nearly the same keys: kernels like many rows.
+
+    A tile with keys in its midst that none of its rows sees stays alone; `_tight` can drop them.
+    """
+    group: list[Masked] = []
+    low = high = area = 0  # the group's keys, and the elements of its tiles
+    for rows, keys, visible in found:
+        seen = any_row(visible).nonzero().squeeze(1)
+        if len(seen) == 0:
+            continue
+        start, stop = int(seen[0]), int(seen[-1]) + 1
+        if not isinstance(keys, slice) or stop - start > len(seen):
+            yield from _one(group, low, high)
+            group = []
+            yield Masked(rows, keys, visible)
+            continue
+        tile = Masked(rows, slice(keys.start + start, keys.start + stop), visible[..., start:stop])
+        own = size_of(rows) * (stop - start)
+        if group and group[-1].rows.stop == rows.start:
+            wide = min(low, keys.start + start), max(high, keys.start + stop)
+            joint = (rows.stop - group[0].rows.start) * (wide[1] - wide[0])
+            if joint * visible.shape[0] * visible.shape[1] <= MASK and joint <= WASTE * (area + own):
+                group.append(tile)
+                (low, high), area = wide, area + own
+                continue
+        yield from _one(group, low, high)
+        group, low, high, area = [tile], keys.start + start, keys.start + stop, own
+    yield from _one(group, low, high)
+
+
+def _one(group: list[Masked], low: int, high: int) -> Iterator[Masked]:
+    """The tiles of consecutive rows as one over the keys from low to high; nothing for none."""
+    if len(group) <= 1:
+        yield from group
         return
-    low, high = int(start[some].min()), int(stop[some].max())
-    key = torch.arange(low, high, device=start.device)
-    mask = ((key >= start) & (key < stop)).any(0)
-    yield from _tight(slice(first, last), slice(low, high), mask[None, None])
+    rows = slice(group[0].rows.start, group[-1].rows.stop)
+    joint = group[0].visible.new_zeros(*group[0].visible.shape[:2], size_of(rows), high - low)
+    for part in group:
+        assert isinstance(part.keys, slice)
+        at = slice(part.rows.start - rows.start, part.rows.stop - rows.start)
+        joint[:, :, at, part.keys.start - low : part.keys.stop - low] = part.visible
+    yield Masked(rows, slice(low, high), joint)
 
 
 def _tight(rows: slice, keys: Index, mask: Tensor) -> Iterator[Piece]:
     """A masked piece without the keys that none of its rows sees (they may hold anything, NaN included)."""
-    seen = mask.flatten(0, 2).any(0)
+    seen = any_row(mask)
     n_seen = int(seen.sum())
     if n_seen == 0:
         return
@@ -148,14 +218,20 @@ def _tight(rows: slice, keys: Index, mask: Tensor) -> Iterator[Piece]:
             keys = slice(keys.start + first, keys.start + last) if last - first == n_seen else index + keys.start
         else:
             keys = keys.index_select(0, index)
-    if bool(mask.all()):
-        yield rows, keys, None
-    else:
-        yield rows, keys, mask
+    yield rows, keys, None if _is_all(mask) else mask
+
+
+def any_row(mask: Tensor) -> Tensor:
+    """Which keys some row of a mask (B, H, rows, keys) sees. # bool (keys,)"""
+    return mask.view(torch.uint8).amax(2).amax((0, 1)).bool()  # far faster than `any`, and than one reduction
+
+
+def _is_all(mask: Tensor) -> bool:
+    return bool(mask.view(torch.uint8).amin(2).amin())
 
 
 def _run_ends(start: Tensor, stop: Tensor) -> list[tuple[int, int, int, int]]:
-    """Maximal runs (first, last, start_step, stop_step) of rows of one span (n,); steps -1 for a row of its own."""
+    """Maximal runs (first, last, start_step, stop_step) of rows of one span (n,); steps -1 where rows follow no rule."""
     n = start.shape[0]
     if n == 1:
         return [(0, 1, 0, 0)]
@@ -170,11 +246,10 @@ def _run_ends(start: Tensor, stop: Tensor) -> list[tuple[int, int, int, int]]:
         if step >= 0 and last > row:
             runs.append((row, last + 1, step // 2, step % 2))
             row = last + 1
-        elif step < 0:
-            while row < last:
-                runs.append((row, row + 1, 0, 0))
-                row += 1
-    if row < n:
+        elif step < 0 and last > row:
+            runs.append((row, last, -1, -1))
+            row = last
+    if row < n:  # the last row follows no rule
         runs.append((row, n, 0, 0))
     return runs
 
@@ -184,8 +259,10 @@ def _pieces(start: Tensor, stop: Tensor) -> list[Piece]:
     n = start.shape[1]
     if start.shape[0] > 1:
         if n > 1 and not bool(start.diff().any() | stop.diff().any()):
-            return list(_mixed_piece(0, n, start, stop))
-        return [piece for row in range(0, n, ROWS) for piece in _mixed_piece(row, min(row + ROWS, n), start, stop)]
+            return [
+                (slice(0, n), keys, hiding) for _, keys, hiding in _mixed_pieces(0, 1, start[:, :1], stop[:, :1])
+            ]
+        return list(_mixed_pieces(0, n, start, stop))
     a, b = start[0], stop[0]
     pieces: list[Piece] = []
     runs = _run_ends(a, b)
@@ -193,16 +270,16 @@ def _pieces(start: Tensor, stop: Tensor) -> list[Piece]:
     a0, b0 = a[firsts].tolist(), b[firsts].tolist()
     pending = -1  # first row of a group of short runs
     for (first, last, start_step, stop_step), lo, hi in zip(runs, a0, b0, strict=True):
-        short = last - first < SMALL and n >= SMALL
-        if pending >= 0 and (not short or last - pending > ROWS):
-            pieces.extend(_mixed_piece(pending, first, start, stop))
-            pending = -1
+        short = start_step < 0 or (last - first < SMALL and n >= SMALL)
         if not short:
+            if pending >= 0:
+                pieces.extend(_mixed_pieces(pending, first, start, stop))
+            pending = -1
             pieces.extend(_band_pieces(first, last, lo, hi, start_step, stop_step))
         elif pending < 0:
             pending = first
     if pending >= 0:
-        pieces.extend(_mixed_piece(pending, n, start, stop))
+        pieces.extend(_mixed_pieces(pending, n, start, stop))
     return pieces
 
 
@@ -251,16 +328,44 @@ def _whole_groups(h: slice, group: int) -> Iterator[slice]:
         yield from (slice(i, i + 1) for i in range(h.start, h.stop))
 
 
-def regions(p: Problem) -> list[Region]:
+def regions(p: Problem) -> Iterator[Region]:
     """Every region of the call."""
     if p.n_b * p.n_h * p.n_q * p.n_k == 0:
-        return []
-    found: list[Region] = []
+        return
+    p = replace(p, mask=_without_runs(p)) if p.mask.predicates else p
     for b, h, pieces in _span_pieces(p):
         for piece in pieces:
             region = Region(b, h, *_on(piece, p.q.device))
-            found.extend(_refine(p, region) if p.mask.predicates else [region])
-    return found
+            if p.mask.predicates:
+                yield from _refine(p, region)
+            else:
+                yield region
+
+
+def _without_runs(p: Problem) -> LoweredMask:
+    """p's mask with those dense predicates among its spans whose every row is one run of keys."""
+    mask, rest = p.mask, []
+    lowered = replace(mask, predicates=())
+    for predicate in mask.predicates:
+        found = _as_spans(p, predicate.tensor) if isinstance(predicate, DensePredicate) else None
+        if found is None:
+            rest.append(predicate)
+        else:
+            lowered = intersect(lowered, found, p.q.device)
+    return replace(lowered, predicates=tuple(rest))
+
+
+def _as_spans(p: Problem, dense: Tensor) -> LoweredMask | None:
+    """A dense mask (B|1, H|1, n_q|1, n_k|1) as row spans; None where it is none, or where it is not worth a call per slice."""
+    dense = dense[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in dense.stride())]  # what was expanded
+    n_b, n_h, n_rows, n_keys = dense.shape
+    if n_keys == 1 or p.n_b * p.n_h * p.n_q * p.n_k < GATHER * n_b * n_h:
+        return None
+    found = row_runs(dense)
+    if found is None:
+        return None
+    start, stop = (x[:, :, None].expand(-1, -1, -1, p.n_q) if n_rows == 1 else x[:, :, None] for x in found)
+    return LoweredMask(p.n_q, p.n_k, None, (start, stop))
 
 
 def _on(piece: Piece, device: torch.device) -> Piece:
@@ -283,7 +388,7 @@ def _predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:
             part = select(select(tile.heads(predicate.tensor), 2, rows), 3, region.keys)
         else:
             assert isinstance(predicate, CustomPredicate)
-            part = predicate.fn(tile.b, tile.h, tile.q, tile.k)
+            part = predicate.visible(tile.b, tile.h, tile.q, tile.k)
         visible = part if visible is None else visible & part
     assert visible is not None
     if visible.shape[3] == 1:
@@ -303,21 +408,24 @@ def _refine(p: Problem, region: Region) -> Iterator[Region]:
         if visible.shape[0] > 1 and region.n_rows * region.n_keys * size_of(region.h) >= GATHER:
             for b in range(region.b.start, region.b.stop):
                 part = replace(region, b=slice(b, b + 1))
-                yield from _pieces_of(part, region.rows, visible[b - region.b.start][None])
+                yield from _pieces_of(part, Masked(region.rows, region.keys, visible[b - region.b.start][None]))
         else:
-            yield from _pieces_of(region, region.rows, visible)
+            yield from _pieces_of(region, Masked(region.rows, region.keys, visible))
         return
-    n_keys = region.n_keys
+    for tile in _joined(_masked_tiles(p, region)):
+        yield from _pieces_of(region, tile)
+
+
+def _masked_tiles(p: Problem, region: Region) -> Iterator[Masked]:
+    """The region under the mask's predicates, a few rows at a time."""
     for first in range(0, region.n_rows, ROWS):
         within = slice(first, min(first + ROWS, region.n_rows))
         rows = slice(region.rows.start + within.start, region.rows.start + within.stop)
         visible = _predicate_tile(p, region, rows)
-        own = region.visible(within, slice(0, n_keys))
-        if own is not None:
-            visible = visible & own.to(visible.device)
-        yield from _pieces_of(region, rows, visible)
+        own = region.visible(within, slice(0, region.n_keys))
+        yield Masked(rows, region.keys, visible if own is None else visible & own.to(visible.device))
 
 
-def _pieces_of(region: Region, rows: slice, visible: Tensor) -> Iterator[Region]:
-    for piece in _tight(rows, region.keys, visible):
+def _pieces_of(region: Region, tile: Masked) -> Iterator[Region]:
+    for piece in _tight(*tile):
         yield Region(region.b, region.h, *piece)

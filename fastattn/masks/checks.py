@@ -11,11 +11,13 @@ ALIGNMENTS = (None, "top_left", "bottom_right")
 LARGE = 2**30  # no length comes near it, and int32 arithmetic on it cannot overflow
 
 
-def check_align(align: Any, name: str) -> None:
+def check_align(align: Any, name: str) -> Any:
+    """An alignment, an int cut off at a number that no length reaches."""
     if isinstance(align, int) and not isinstance(align, bool):
-        return
+        return max(-LARGE // 2, min(align, LARGE // 2))  # what is added to it must not overflow either
     if not isinstance(align, str | None) or align not in ALIGNMENTS:
         raise ValueError(f"{name}: align must be 'top_left', 'bottom_right', an int or None, got {align!r}")
+    return align
 
 
 def check_count(value: Any, name: str, least: int = 0) -> Any:

@@ -7,17 +7,14 @@ A predicate is a bool per (batch, head, query, key). Operators carry strings and
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import compat
+from .. import compat, naming
 
 
 class DensePredicate(NamedTuple):
@@ -39,6 +36,24 @@ class CustomPredicate(NamedTuple):
             return function_key(self.fn)
         return function_key(self.fn) + "+" + function_key(self.triton_fn)
 
+    def visible(self, b: Tensor, h: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
+        """fn's answer.
+
+        Raises:
+            TypeError, ValueError: it is no bool tensor of 4 dimensions that broadcast.
+        """
+        found = self.fn(b, h, q_idx, k_idx)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool:
+            got = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"Custom torch_fn {self.fn.__qualname__} must return a bool tensor, got {got}")
+        full = torch.broadcast_shapes(b.shape, h.shape, q_idx.shape, k_idx.shape)
+        if found.dim() != 4 or any(n != 1 and n != m for n, m in zip(found.shape, full)):
+            raise ValueError(
+                f"Custom torch_fn {self.fn.__qualname__} must return a shape that broadcasts to {tuple(full)}, "
+                f"got {tuple(found.shape)}"
+            )
+        return found
+
     @classmethod
     def from_key(cls, key: str) -> CustomPredicate:
         """The predicate that `key` names."""
@@ -58,20 +73,12 @@ def function_key(fn: Any) -> str:
 @functools.lru_cache(maxsize=1024)
 def _function_key(fn: Any) -> str:
     plain = _plain(fn)
-    return f"{plain.__module__}:{plain.__qualname__}#{_source_hash(plain)}"
+    return f"{plain.__module__}:{plain.__qualname__}#{naming.source_hash(plain)}"
 
 
 def _plain(fn: Any) -> Any:
     """The Python function inside a Triton function; a Python function itself."""
     return fn if inspect.isfunction(fn) else getattr(fn, "fn", fn)
-
-
-def _source_hash(fn: Any) -> str:
-    try:
-        source = inspect.getsource(fn)
-    except (OSError, TypeError):
-        source = fn.__code__.co_code.hex() if hasattr(fn, "__code__") else ""
-    return hashlib.sha256(source.encode()).hexdigest()[:8]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -84,14 +91,11 @@ def resolve(key: str) -> Any:
     key = key.partition("+")[0]
     name, _, digest = key.partition("#")
     module_name, _, qualname = name.partition(":")
-    found: Any = sys.modules.get(module_name)
     try:
-        found = importlib.import_module(module_name) if found is None else found
-        for part in qualname.split("."):
-            found = getattr(found, part)
+        found = naming.find(module_name, qualname)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{key!r} does not name an importable function: {error}") from error
-    if digest and digest != _source_hash(_plain(found)):
+    if digest and digest != naming.source_hash(_plain(found)):
         raise ValueError(f"the source of {name} is not the one that {key!r} was made of")
     return found
 
@@ -106,10 +110,7 @@ def check_importable(fn: Any, name: str) -> None:
     plain = _plain(fn)
     if not callable(plain) or not hasattr(plain, "__qualname__") or not hasattr(plain, "__module__"):
         raise TypeError(f"{name} must be a function defined in a module, got {fn!r}")
-    found: Any = sys.modules.get(plain.__module__)
-    for part in plain.__qualname__.split("."):
-        found = getattr(found, part, None)
-    if found is fn:
+    if naming.means(plain.__module__, plain.__qualname__, fn):
         return
     raise ValueError(
         f"{name} must be importable by its name, as a function at the top level of a module; got "

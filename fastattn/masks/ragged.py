@@ -46,14 +46,14 @@ class Documents(Mask):
                 raise ValueError("Documents takes cu_seqlens_k only beside cu_seqlens, not with ids")
         for name, cu in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
             if cu is not None:
-                _check_cumulative(cu, f"Documents {name}")
+                check_cumulative(cu, f"Documents {name}")
         if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens.shape:  # type: ignore[union-attr]
             raise ValueError(
                 f"Documents cu_seqlens_k describes {cu_seqlens_k.shape[0] - 1} documents, "
                 f"cu_seqlens {cu_seqlens.shape[0] - 1}"  # type: ignore[union-attr]
             )
         if within is not None:
-            _check_within(within, cu_seqlens_k is not None)
+            check_within(within, cu_seqlens_k is not None, "Documents within")
         self._set(ids=ids, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, within=within)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
@@ -189,20 +189,22 @@ class Padding(Mask):
         return None, self.keep.shape[1]
 
 
-def _check_within(within: Any, separate: bool) -> None:
+def check_within(within: Any, separate: bool, name: str) -> None:
+    """Raise unless `within` is a mask for use inside documents; `separate`: rows and keys have lengths of their own."""
     if not isinstance(within, Mask) or within.span_of(0, 1, 1) is None:
         raise ValueError(
-            f"Documents within must be Full, Causal, SlidingWindow, Chunked, PrefixLM with an int, SinkTokens or `&` of "
+            f"{name} must be Full, Causal, SlidingWindow, Chunked, PrefixLM with an int, SinkTokens or `&` of "
             f"these, got {brief(within)}. Other masks combine outside: Documents(...) & mask"
         )
     if separate and not within.aligned:
         raise ValueError(
-            f"Documents within={within!r} needs align='top_left' or 'bottom_right' where cu_seqlens_k is given, since a "
-            "document's rows and keys may differ in number"
+            f"{name} {within!r} needs align='top_left' or 'bottom_right' where rows and keys have cu_seqlens of their own, "
+            "since a document's may differ in number"
         )
 
 
-def _check_cumulative(cu: Tensor, name: str) -> None:
+def check_cumulative(cu: Tensor, name: str) -> None:
+    """Raise unless cu is an int (N + 1,) that starts with 0 and never decreases, as far as its values can be read here."""
     check_int_tensor(cu, name)
     if cu.shape[0] == 0:
         raise ValueError(f"{name} must start with 0, got an empty tensor")

@@ -132,7 +132,7 @@ class LoweredMask:
             if isinstance(predicate, DensePredicate):
                 seen = seen & predicate.tensor.to(device)
             else:
-                seen = seen & predicate.fn(*coordinate_grids(coords, n_b, n_h, self.n_q, self.n_k, device))
+                seen = seen & predicate.visible(*coordinate_grids(coords, n_b, n_h, self.n_q, self.n_k, device))
         return seen
 
     def _device(self) -> torch.device:

@@ -37,7 +37,7 @@ class Causal(Mask):
     """
 
     def __init__(self, align: str | int | None = None) -> None:
-        check_align(align, "Causal")
+        align = check_align(align, "Causal")
         self._set(align=align, aligned=align is not None)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
@@ -60,7 +60,7 @@ class SlidingWindow(Mask):
     right: int | None
 
     def __init__(self, left: int | None, right: int | None, align: str | int | None = None) -> None:
-        check_align(align, "SlidingWindow")
+        align = check_align(align, "SlidingWindow")
         left, right = (
             None if n is None or check_count(n, f"SlidingWindow {side}") == LARGE else n
             for n, side in ((left, "left"), (right, "right"))
@@ -93,7 +93,7 @@ class Chunked(Mask):
     size: int
 
     def __init__(self, size: int, align: str | int | None = None) -> None:
-        check_align(align, "Chunked")
+        align = check_align(align, "Chunked")
         self._set(size=check_count(size, "Chunked size", 1), align=align, aligned=align is not None)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
@@ -115,7 +115,7 @@ class PrefixLM(Mask):
     prefix: int | Tensor
 
     def __init__(self, prefix: int | Tensor, align: str | int | None = None) -> None:
-        check_align(align, "PrefixLM")
+        align = check_align(align, "PrefixLM")
         if isinstance(prefix, Tensor):
             values = peek(check_int_tensor(prefix, "PrefixLM prefix"))
             if values and min(values) < 0:

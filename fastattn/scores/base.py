@@ -10,17 +10,14 @@ A modifier is one class in one file. It sees coordinates, never storage indices,
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import inspect
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import compat
+from .. import compat, naming
+from ..coords import Coordinates
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -82,11 +79,16 @@ class Score:
         """Raise where the modifier does not fit a call of these sizes."""
         if type(self).key not in BUILT_IN:
             require_importable(type(self))
+            if not isinstance(self.static, str) or set(self.static) & set(",/|="):
+                raise ValueError(f"static of {self.name} must be a string without any of , / | =, got {self.static!r}")
         for x in self.params:
             if not x.is_floating_point():
                 raise TypeError(f"{self.name} takes floating point parameters, got {x.dtype}")
             if x.device != device:
                 raise ValueError(f"the parameters of {self.name} must be on q's device {device}, got {x.device}")
+
+    def check_coords(self, coords: Coordinates | None, n_b: int, n_h: int, n_q: int, n_k: int) -> None:
+        """Raise where the parameters do not hold an entry for every coordinate; None is the storage indices."""
 
     def canonical(self: S, n_b: int, n_h: int) -> S:
         """The modifier with parameters that have explicit leading dimensions (B|1, H|1)."""
@@ -204,10 +206,7 @@ def require_importable(cls: type[Score]) -> None:
     Raises:
         ValueError: the class was defined inside a function, or its name means something else.
     """
-    found: Any = sys.modules.get(cls.__module__)
-    for part in cls.__qualname__.split("."):
-        found = getattr(found, part, None)
-    if found is not cls:
+    if not naming.means(cls.__module__, cls.__qualname__, cls):
         raise ValueError(
             f"score class {cls.__module__}:{cls.__qualname__} cannot be imported by that name; define it at the top level "
             "of a module and pass what it closed over as params, ints, floats or static"
@@ -217,16 +216,7 @@ def require_importable(cls: type[Score]) -> None:
 @compat.constant_in_graphs
 def _source_key(cls: type[Score]) -> str:
     """`module:qualname#hash` of a user's class, so that compiled graphs do not outlive an edit of its source."""
-    return f"{cls.key}#{_source_hash(cls)}"  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=256)
-def _source_hash(cls: type[Score]) -> str:
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        source = cls.__qualname__
-    return hashlib.sha256(source.encode()).hexdigest()[:8]
+    return f"{cls.key}#{naming.source_hash(cls)}"  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=256)
@@ -234,11 +224,7 @@ def resolve(key: str) -> type[Score]:
     """The class behind a key: a built-in's short name, or `module:qualname` with or without `#hash`."""
     if key in BUILT_IN:
         return BUILT_IN[key]
-    module, qualname = key.split("#")[0].split(":")
-    found: Any = sys.modules.get(module) or importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
+    return naming.find(*key.split("#")[0].split(":"))
 
 
 def leading(x: Tensor, n_b: int, n_h: int, rank: int, what: str) -> Tensor:
@@ -250,7 +236,7 @@ def leading(x: Tensor, n_b: int, n_h: int, rank: int, what: str) -> Tensor:
     extra = x.dim() - rank
     shape = tuple(x.shape[: max(extra, 0)])
     full = (1,) * (2 - len(shape)) + shape
-    if extra < 0 or extra > 2 or full[0] not in (1, n_b) or full[1] not in (1, n_h):
+    if extra < 0 or extra > 2 or (full[0] != 1 and full[0] != n_b) or (full[1] != 1 and full[1] != n_h):
         own = ", ..." if rank else ""
         raise ValueError(
             f"{what} must have leading dimensions (batch, heads) of ({n_b} or 1, {n_h} or 1{own}), got {tuple(x.shape)}"

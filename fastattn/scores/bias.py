@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..coords import Coordinates
 from .base import Additive, DeviceGradient, lead_strides, leading, wide_plane
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Bias(Additive, built_in="bias"):
 
     Args:
         bias: floating point, broadcastable to (B, Hq, Lq, Lk), rank 0 to 4; may require a gradient. With coordinates its
-            row and key dimensions are as long as the largest coordinate demands.
+            row and key dimensions are at least as long as the largest coordinate demands.
 
     Raises:
         TypeError, ValueError: bias is no such tensor.
@@ -35,11 +36,23 @@ class Bias(Additive, built_in="bias"):
 
     def validate(self, n_b: int, n_h: int, n_q: int, n_k: int, dtype: torch.dtype, device: torch.device) -> None:
         super().validate(n_b, n_h, n_q, n_k, dtype, device)
-        shape = tuple(self._four().shape)
-        if shape[0] not in (1, n_b) or shape[1] not in (1, n_h) or (shape[2] != 1 and shape[2] < n_q) or (
-            shape[3] != 1 and shape[3] < n_k
-        ):
-            raise ValueError(f"bias must broadcast to {(n_b, n_h, n_q, n_k)}, got shape {tuple(self.params[0].shape)}")
+        b, h = self._four().shape[:2]
+        if (b != 1 and b != n_b) or (h != 1 and h != n_h):
+            raise self._unfit(f"broadcast to {(n_b, n_h, n_q, n_k)}")
+
+    def check_coords(self, coords: Coordinates | None, n_b: int, n_h: int, n_q: int, n_k: int) -> None:
+        rows, keys = self._four().shape[2:]
+        if coords is None:
+            if (rows != 1 and rows != n_q) or (keys != 1 and keys != n_k):
+                raise self._unfit(f"broadcast to {(n_b, n_h, n_q, n_k)}")
+            return
+        for name, what, size, n in (("q", "rows", rows, n_q), ("k", "keys", keys, n_k)):
+            reach = coords.reach(name, n)
+            if size != 1 and reach is not None and not (reach[0] >= 0 and reach[1] < size):
+                raise self._unfit(f"hold the {what} that coords.{name} names, {reach[0]} to {reach[1]}")
+
+    def _unfit(self, demand: str) -> ValueError:
+        return ValueError(f"bias must {demand}, got shape {tuple(self.params[0].shape)}")
 
     def _four(self) -> Tensor:
         bias = self.params[0]
