@@ -80,6 +80,7 @@ def test_dropout_bits_are_those_of_the_cpu(k_at):
     k_coord = torch.arange(16, device=DEVICE).flip(0)[None].int() * 3 if k_at == "tensor" else k_at
     p = problem(q, k, v, dropout=0.4, coords=fa.Coordinates(b=1, h=2, q=5, k=k_coord))
     assert torch.equal(triton.forward(p, False)[0] == 0, exact(p)[0] == 0)
+    assert_grads(gradients(p), gradients(p, tiled), **BAR)
 
 
 def test_each_group_has_its_own_dropout_key():
