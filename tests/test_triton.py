@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import dispatch, functional
+from fastattn import cli, dispatch, functional
 from fastattn.backends.triton_call import PAD
 from fastattn.devtools import offline
 from fastattn.kernels import launch, shim
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-SUITES = sorted(path.stem for path in (HERE / "triton").glob("*.py"))
+SUITES = sorted(path.stem for path in (HERE / "interpreted").glob("*.py"))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_compiler = pytest.mark.skipif(not shim.PRESENT or shim.INTERPRETED, reason="needs triton and its compiler")
 
@@ -31,7 +31,7 @@ def python(*arguments, **environment):
 @needs_triton
 @pytest.mark.parametrize("suite", SUITES)
 def test_suite_in_the_interpreter(suite):
-    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/triton/{suite}.py", TRITON_INTERPRET="1")
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/interpreted/{suite}.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
 
@@ -214,6 +214,16 @@ def test_twenty_lengths_are_two_variants(mask):
             name, key = offline.variant(recorded, "sm_90")
             variants.setdefault(name, set()).add(key)
     assert max(map(len, variants.values())) <= 2, {name: len(keys) for name, keys in variants.items()}
+
+
+def test_the_compile_command(monkeypatch, capsys):
+    found = offline.Report("forward", 8, 3, 255, 16, 0, 100 * 1024, 24)
+    rows = [offline.Row("d 64 causal", found, "", 227 * 1024), offline.Row("d 64 dense", found, "", 99 * 1024)]
+    monkeypatch.setattr(offline, "survey", lambda arch, dims, dtype, everything: rows[: 2 if everything else 1])
+    assert cli.main(["compile", "--arch", "sm_90"]) == 0
+    assert "255 registers" in capsys.readouterr().out
+    assert cli.main(["compile", "--arch", "sm_90", "--all"]) == 1
+    assert "TOO MUCH SHARED MEMORY" in capsys.readouterr().out
 
 
 def test_spills_are_counted_in_the_loop_that_multiplies():

@@ -115,6 +115,20 @@ def test_coordinates(name, dropout):
     assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
 
 
+def test_any_strides():
+    """Storage (B, H, D, L): neighbours in a row are far apart. And an expanded batch, whose stride is 0."""
+    q, k, v = (x.mT.contiguous().mT for x in qkv(n_q=19, n_k=35, head_dim=20, v_dim=24))
+    assert q.stride(3) > 1
+    p = problem(q, k, v.expand(1, 2, 35, 24), fa.Causal("bottom_right"))
+    out, lse, _ = triton.forward(p, False)
+    assert_close((out, lse), tuple(x.float() for x in exact(p)), **BAR)
+    do = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).mT.contiguous().mT
+    saved = triton.forward(p, True)
+    assert_grads(triton.backward(p, do, None, *saved), tiled.backward(p, do, None, *saved), **BAR)
+    one = [x.expand(3, -1, -1, -1) for x in (q, k, v)]
+    assert torch.equal(triton.forward(problem(*one), False)[0][2:], triton.forward(problem(q, k, v), False)[0])
+
+
 def test_rows_that_see_nothing():
     mask = fa.Spans(torch.zeros(47).int(), torch.where(torch.arange(47) % 3 == 0, 0, 60).int())
     q, k, v = qkv()
