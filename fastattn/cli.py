@@ -1,8 +1,9 @@
-"""The command line: info, explain, bench and report.
+"""The command line: info, explain, bench and compile.
 
 python -m fastattn info
 python -m fastattn explain --q 1,32,1024,128 --k 1,8,1024,128 --dtype bfloat16 --mask "Causal()"
 python -m fastattn bench
+python -m fastattn compile --arch sm_90
 """
 
 from __future__ import annotations
@@ -104,6 +105,18 @@ def bench(options: argparse.Namespace) -> int:
     if options.into is not None:
         _insert(results.sections(), results.environment, options.into)
     return 0
+
+
+def compile_kernels(options: argparse.Namespace) -> int:
+    """What the compiler makes of the kernels' default configurations."""
+    from .devtools import offline
+
+    failed = 0
+    for arch in options.arch or ["sm_80", "sm_90"]:
+        for row in offline.survey(arch, options.head_dim or [64, 128], DTYPES[options.dtype], options.all):
+            print(f"{arch:<7} {row}", flush=True)
+            failed += not row.fits
+    return int(failed > 0)
 
 
 def written(text: str, kind: type, module: Any, argument: str) -> Any:
@@ -219,4 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for JSON, tables and picture")
     one.add_argument("--into", type=_page, metavar="PAGE", help="also put the tables between the marks of a Markdown page")
     one.set_defaults(run=bench)
+
+    one = commands.add_parser("compile", help="compile the Triton kernels without a GPU: registers, spills, shared memory")
+    one.add_argument("--arch", action="append", metavar="SM", help="for instance sm_90; may be repeated (default sm_80 sm_90)")
+    one.add_argument("--head-dim", action="append", type=int, metavar="D", help="may be repeated (default 64 128)")
+    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
+    one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well")
+    one.set_defaults(run=compile_kernels)
     return parser

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib.util
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from . import compat
 from .backends import tiled
+from .backends.facts import facts
 from .problem import Problem
 
-BACKENDS: dict[str, ModuleType] = {"tiled": tiled}
+BACKENDS = ("tiled", "triton")
 NAMES = (*BACKENDS, "reference")
 
 
@@ -23,31 +28,69 @@ class Plan(NamedTuple):
 
 
 def choose(name: str | None, device: torch.device) -> str:
-    """The backend's name for tensors on `device`: the caller's where one is given.
+    """The backend's name for tensors on `device`: the caller's where one is given. `settled` has the last word.
 
     Raises:
         ValueError: `name` is no backend.
     """
     if name is None:
-        return "tiled"
+        return "triton" if device.type == "cuda" else "tiled"
     if name not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     return name
 
 
+def settled(p: Problem, name: str | None) -> Problem:
+    """p with a backend that can run it, where `choose(name, ..)` gave p's.
+
+    Raises:
+        ImportError: the call is for the GPU, no backend was named, and Triton is missing.
+        ValueError: the backend that was named cannot run p; the message has every reason.
+    """
+    if p.backend != "triton":
+        return p
+    if name is None and not has_triton():
+        raise ImportError(
+            'attention on cuda tensors runs Triton kernels, and triton is not installed: pip install "fastattn[triton]". '
+            'backend="tiled" works without it, as torch operations'
+        )
+    reasons = _against_triton(*facts(p))
+    if not reasons:
+        return p
+    if name is not None:
+        raise ValueError(f'backend="triton" cannot run this call: {"; ".join(reasons)}')
+    return dataclasses.replace(p, backend="tiled")
+
+
+@compat.constant_in_graphs
+def _against_triton(*facts: Any) -> tuple[str, ...]:
+    return verbs("triton").refusals(*facts)
+
+
+@compat.constant_in_graphs
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def verbs(name: str) -> ModuleType:
-    """The backend module of that name."""
-    return BACKENDS[name]
+    """The backend module of that name. Triton's is imported when it is first asked for: the CPU needs none of it."""
+    return tiled if name == "tiled" else importlib.import_module(f".backends.{name}", __package__)
 
 
 def plan(p: Problem) -> Plan:
     """What would run for p."""
     if p.backend == "reference":
         return Plan("reference", "plain PyTorch over the whole score matrix", ())
+    if p.backend == "triton":
+        backend = verbs("triton")
+        return Plan("triton", backend.description(p), tuple(backend.falls_back(p)))
     kernel, why_not_fused = tiled.kernel(p)
     reasons = []
     if why_not_fused is not None:
         reasons.append(("fused CPU kernel", why_not_fused))
     if p.q.device.type == "cuda":
-        reasons.append(("triton", "this release has no Triton kernels; the tiled backend runs torch operations on the GPU"))
+        refused = verbs("triton").supports(p)
+        reasons.append(("triton", "another backend was asked for" if refused is None else refused))
     return Plan("tiled", kernel, tuple(reasons))

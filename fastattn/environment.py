@@ -39,9 +39,16 @@ def backends() -> dict[str, str]:
     """Every backend's name and what it is here."""
     lines = {
         "tiled": "available: torch operations in tiles, torch's fused kernel for plain tiles on CPU",
+        "triton": _triton(),
         "reference": "available: plain PyTorch over the whole score matrix, for tests",
     }
     return {name: lines[name] for name in dispatch.NAMES}
+
+
+def _triton() -> str:
+    if version("triton") is None:
+        return "not available: triton is not installed (cuda tensors need it, or backend='tiled')"
+    return "available: fused kernels, the default on cuda tensors" if torch.cuda.is_available() else "needs a GPU"
 
 
 def _cpu() -> str:

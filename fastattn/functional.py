@@ -60,7 +60,7 @@ def attention(
         scale: finite; 1 / sqrt(Dk) by default.
         dropout_p: in [0, 1); applied to the weights whatever the module's mode. The seed comes from torch's generator.
         return_lse: also return the log of every row's denominator.
-        backend: None, "tiled" or "reference".
+        backend: None (Triton kernels on cuda, tiles of torch operations elsewhere), "triton", "tiled" or "reference".
         deterministic: None and True give bitwise repeatable results; False permits faster ones that are not.
         coords: where rows and keys stand for scores, custom masks and dropout; by default at their indices.
 
@@ -106,7 +106,7 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
     rng = None
     if float(dropout_p) > 0.0 and draw:  # two 32-bit words: the Philox key
         rng = torch.randint(0, 1 << 32, (1, 2), dtype=torch.int64, device=q.device)
-    return Problem(
+    p = Problem(
         q, k, v,
         lowered_mask(mask, n_b, n_h, n_q, n_k, q.device),
         checked_scores(score, n_b, n_h, n_q, n_k, q, coords),
@@ -118,6 +118,7 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
         dispatch.choose(backend, q.device),
         deterministic is not False,
     )  # fmt: skip
+    return dispatch.settled(p, backend)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

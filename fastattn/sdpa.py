@@ -96,12 +96,11 @@ def scaled_dot_product_attention(
             chain = (Bias(dense).canonical(n_b, n_h),)
     lowered: LoweredMask = mask.lower(n_q, k.shape[2], q.device)
     rng = torch.randint(0, 1 << 32, (1, 2), dtype=torch.int64, device=q.device) if dropout_p > 0.0 else None
-    out, _ = _run(
-        Problem(
-            q, k, v, lowered, chain, None, rng, IDENTITY, checked_scale(scale, head_dim), float(dropout_p),
-            dispatch.choose(None, q.device), True,
-        )
+    p = Problem(
+        q, k, v, lowered, chain, None, rng, IDENTITY, checked_scale(scale, head_dim), float(dropout_p),
+        dispatch.choose(None, q.device), True,
     )  # fmt: skip
+    out, _ = _run(dispatch.settled(p, None))
     if query.dim() == 4 and len(leading) == 1:
         return out
     heads = (n_h,) if max(query.dim(), key.dim(), value.dim()) > 2 else ()

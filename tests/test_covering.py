@@ -60,10 +60,13 @@ def test_covering_array_covers():
         assert len({(str(row[a]), str(row[b])) for row in ROWS}) == len(FACTORS[a]) * len(FACTORS[b])
 
 
-def check(mask, score, sinks, heads, dropout, dtype, n_q, n_k, head_dim, v_dim, strided, n_b=2):
+def check(
+    mask, score, sinks, heads, dropout, dtype, n_q, n_k, head_dim, v_dim, strided, n_b=2, backend=None, masks=MASKS,
+    lse=(False, True),
+):  # fmt: skip
     n_h, n_kv = heads
     q, k, v = tensors(n_b, n_h, n_kv, n_q, n_k, head_dim, v_dim, dtype, strided)
-    masking = MASKS[mask](n_b, n_h, n_q, n_k)
+    masking = masks[mask](n_b, n_h, n_q, n_k)
     chain = SCORES[score](n_b, n_h, n_q, n_k, dtype)
     sink = leaf(n_h, dtype=dtype) if sinks else None
     params = [x for item in chain for x in item.params]
@@ -87,8 +90,8 @@ def check(mask, score, sinks, heads, dropout, dtype, n_q, n_k, head_dim, v_dim, 
         return [out.detach(), lse.detach(), *torch.autograd.grad(loss, own)]
 
     names = ["out", "lse", "dq", "dk", "dv", *(f"dparam{i}" for i in range(len(params))), "dsinks"]
-    for with_lse in (False, True):
-        ours = run(None, dtype, with_lse)
+    for with_lse in lse:
+        ours = run(backend, dtype, with_lse)
         exact, naive = run("reference", torch.float64, with_lse), run("reference", dtype, with_lse)
         largest = max([x.abs().max().item() for x in exact[2:5] if x.numel()], default=0.0)
         terms = max(largest, 3 * v_dim**0.5)  # a parameter's gradient sums P (dP - delta), for slopes times a distance

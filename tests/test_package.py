@@ -17,6 +17,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     {"__main__"},
     {"cli", "bench"},
+    {"devtools"},
     {"environment"},
     {"__init__"},
     {"sdpa", "nested"},
@@ -28,7 +29,7 @@ LAYERS = (
     {"problem"},
     {"masks", "scores"},
     {"coords", "dropout"},
-    {"compat", "naming"},
+    {"compat", "kernels", "naming"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
@@ -38,8 +39,9 @@ def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         yield path, parts[0]
-    for path in sorted((PACKAGE / "bench").rglob("*.py")):
-        yield path, "bench"
+    for name in ("bench", "kernels"):
+        for path in sorted((PACKAGE / name).rglob("*.py")):
+            yield path, name
 
 
 def imported(path, name):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import Additive, leading
+from .base import Additive, DeviceGradient, lead_strides, leading
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -56,6 +56,20 @@ class ALiBi(Additive, built_in="alibi"):
         total = (g * self._distance(tile)).sum((-1, -2))  # (B, H)
         target = tile.heads(grads[0])
         target += total if target.shape[0] == total.shape[0] else total.sum(0, keepdim=True)
+
+    def device_functions(self) -> tuple[Any, ...]:
+        from ..kernels import scores
+
+        return (scores.alibi_rel if self.static == "rel" else scores.alibi_abs,)
+
+    def device_args(self) -> tuple[Any, ...]:
+        return self.params[0], lead_strides(self.params[0])
+
+    def device_gradient(self) -> DeviceGradient:
+        from ..kernels import scores
+
+        weight = scores.alibi_rel_weight if self.static == "rel" else scores.alibi_abs_weight
+        return DeviceGradient("rows", True, True, weight, lambda sums, q, k: sums.sum(2).sum_to_size(self.params[0].shape))
 
 
 def alibi_slopes(n_heads: int, device: torch.device | str | None = None) -> Tensor:

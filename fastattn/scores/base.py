@@ -10,7 +10,8 @@ A modifier is one class in one file. It sees coordinates, never storage indices,
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="Score")
 BUILT_IN: dict[str, type[Score]] = {}
+
+
+class DeviceGradient(NamedTuple):
+    """How kernels sum a parameter's gradient (kernels/grads.py has the shapes), and what torch makes of the sums."""
+
+    shape: str  # "tile", "keys", "rows" or "diagonals"
+    keep_b: bool  # whether batch entries, and heads, get sums of their own
+    keep_h: bool
+    weight: Any  # Triton function of (at, args) that multiplies the gradient of the score
+    # (sums, q, k) -> a tensor like the parameter; q and k are the coordinates of the sums' first row and key. Diagonals
+    # come summed, as (B|1, H|1, distances), and the first is that of the last row q and the first key k.
+    finish: Callable[[Tensor, int, int], Tensor]
 
 
 class Score:
@@ -85,6 +98,22 @@ class Score:
     def spec_key(cls) -> str:
         """The name by which an operator finds the class again: a short one, or `module:qualname#hash`."""
         return cls.key if cls.key in BUILT_IN else _source_key(cls)
+
+    def device_functions(self) -> tuple[Any, ...] | None:
+        """The same modifier as Triton functions, or None where there are none.
+
+        Of a Pointwise (value, first, second): f, f' and f'' as functions of (s, args). Of an Additive (term,): t as a
+        function of (at, args), at = (b, h, q, k, entry, head): coordinates, then the storage indices of parameters.
+        """
+        return None
+
+    def device_args(self) -> tuple[Any, ...]:
+        """`args` of the Triton functions: tensors, ints and floats, in nested tuples."""
+        return (*self.params, *self.ints, *self.floats)
+
+    def device_gradient(self) -> DeviceGradient | None:
+        """How kernels sum the gradient of the one parameter; None: it takes torch operations."""
+        return None
 
     def __repr__(self) -> str:
         parts = [f"<{tuple(x.shape)}>" for x in self.params] + [str(x) for x in (*self.ints, *self.floats)]
@@ -213,3 +242,28 @@ def leading(x: Tensor, n_b: int, n_h: int, rank: int, what: str) -> Tensor:
             f"{what} must have leading dimensions (batch, heads) of ({n_b} or 1, {n_h} or 1{own}), got {tuple(x.shape)}"
         )
     return x.reshape(*full, *x.shape[max(extra, 0) :])
+
+
+@compat.constant_in_graphs
+def on_device_too(cls: type[Score]) -> bool:
+    """Whether a modifier's Triton functions say what its torch operations say.
+
+    They do not where a subclass changes the operations only: there the functions are its parent's.
+    """
+
+    def definer(name: str) -> int:
+        return next((i for i, c in enumerate(cls.__mro__) if name in c.__dict__), len(cls.__mro__))
+
+    own = definer("device_functions")
+    return own < cls.__mro__.index(Score) and all(own <= definer(name) for name in ("value", "derivs", "term"))
+
+
+def wide_plane(x: Tensor) -> int | None:
+    """1 where an offset inside one (rows, keys) plane of x needs 64 bits: kernels compile another address for it."""
+    reach = sum((n - 1) * s for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
+    return None if reach < 1 << 31 else 1
+
+
+def lead_strides(x: Tensor) -> tuple[int, int]:
+    """Strides of the leading (B|1, H|1) dimensions, 0 where one value serves all."""
+    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)

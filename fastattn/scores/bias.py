@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..coords import Coordinates
-from .base import Additive, leading
+from .base import Additive, DeviceGradient, lead_strides, leading, wide_plane
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -70,6 +70,39 @@ class Bias(Additive, built_in="bias"):
         dims = [d for d in range(4) if target.shape[d] == 1 and g.shape[d] != 1]
         g = g.sum(dims, keepdim=True) if dims else g
         add_along(target, g, tile)
+
+    def device_functions(self) -> tuple[Any, ...]:
+        from ..kernels import scores
+
+        return (scores.bias,)
+
+    def device_args(self) -> tuple[Any, ...]:
+        bias = self.params[0]
+        rows, keys = bias.shape[2:]
+        strides = (*lead_strides(bias), bias.stride(2) if rows > 1 else 0, bias.stride(3) if keys > 1 else 0)
+        return bias, strides, (max(rows, 1), max(keys, 1)), wide_plane(bias)
+
+    def device_gradient(self) -> DeviceGradient:
+        from ..kernels import scores
+
+        n_b, n_h, rows, keys = self.params[0].shape
+        if rows > 1 and keys > 1:
+            return DeviceGradient("tile", n_b > 1, n_h > 1, scores.ones, self._placed)
+        shape = "keys" if keys > 1 else "rows"
+        return DeviceGradient(shape, True, True, scores.ones, self._placed)
+
+    def _placed(self, sums: Tensor, q: int, k: int) -> Tensor:
+        """The gradient from a kernel's sums, whose first row and key have the coordinates q and k."""
+        _, _, rows, keys = shape = self.params[0].shape
+        if sums.dim() == 3:
+            sums = sums[:, :, None] if keys > 1 else sums[..., None]
+        sums = sums.sum_to_size(*(n if i < 2 or n == 1 else sums.shape[i] for i, n in enumerate(shape)))
+        if sums.shape == shape:
+            return sums
+        total = torch.zeros(shape, dtype=sums.dtype, device=sums.device)
+        part = total[:, :, q : q + sums.shape[2]] if rows > 1 else total
+        (part[..., k : k + sums.shape[3]] if keys > 1 else part).copy_(sums)
+        return total
 
 
 def _along(x: Tensor, dim: int, part: slice | None, index: Tensor, tile: Tile) -> Tensor:

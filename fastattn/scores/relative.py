@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import Additive, leading
+from .base import Additive, DeviceGradient, lead_strides, leading
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -78,7 +78,7 @@ class RelativeBias(Additive, built_in="relative"):
             first, last = int(diagonals[0]), int(diagonals[-1])
             wider = g.dtype if g.device.type == "mps" else torch.float64  # the table's ends sum many terms
             wide = g.new_zeros(*g.shape[:2], last - first + 1, dtype=wider)
-            wide.index_add_(2, diagonals - first, _diagonal_sums(g).to(wider))
+            wide.index_add_(2, diagonals - first, diagonal_sums(g).to(wider))
             target[:, :, first : last + 1] += wide.to(target.dtype)
             return
         at = self._entries(tile)
@@ -88,8 +88,36 @@ class RelativeBias(Additive, built_in="relative"):
         for b in range(at.shape[0]):
             target[b % target.shape[0]].index_add_(1, at[b].flatten(), g[b].flatten(1))
 
+    def device_functions(self) -> tuple[Any, ...]:
+        from ..kernels import scores
 
-def _diagonal_sums(g: Tensor) -> Tensor:
+        return (scores.relative,)
+
+    def device_args(self) -> tuple[Any, ...]:
+        table = self.params[0]
+        strides = (*lead_strides(table), table.stride(2))
+        return table, strides, table.shape[2], self.ints[0]
+
+    def device_gradient(self) -> DeviceGradient:
+        from ..kernels import scores
+
+        n_b, n_h, _ = self.params[0].shape
+        return DeviceGradient("diagonals", n_b > 1, n_h > 1, scores.ones, self._folded)
+
+    def _folded(self, sums: Tensor, q: int, k: int) -> Tensor:
+        """The gradient from sums (B|1, H|1, distances) by k - q, the lowest distance first: that of row q and key k."""
+        n, m = self.params[0].shape[2], sums.shape[2]
+        first = k - q + self.ints[0]
+        low = min(max(-first, 0), m)
+        high = max(min(n - first, m), low)
+        total = torch.zeros(*sums.shape[:2], n, dtype=sums.dtype, device=sums.device)
+        total[..., first + low : first + high] = sums[..., low:high]
+        total[..., 0] += sums[..., :low].sum(-1)
+        total[..., n - 1] += sums[..., high:].sum(-1)
+        return total
+
+
+def diagonal_sums(g: Tensor) -> Tensor:
     """Sums along the diagonals of the last two dimensions, the lower left corner's first. # (..., rows + keys - 1)
 
     Every row is laid one place further left than the row above, in rows of zeros that are as long as there are

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,3 +35,8 @@ class Softcap(Pointwise, built_in="softcap"):
         t = torch.tanh(s / cap)
         first = 1 - t * t
         return t * cap, first, t * first * (-2 / cap)
+
+    def device_functions(self) -> tuple[Any, ...]:
+        from ..kernels import scores
+
+        return scores.softcap_value, scores.softcap_first, scores.softcap_second

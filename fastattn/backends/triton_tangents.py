@@ -1,0 +1,141 @@
+"""The Triton backend's tangents: forward mode and the second order, by the kernels of kernels/tangents.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import tangents as kernels
+from ..problem import Grads, Problem, Tangents, ThreeTangents, empty_like_layout, empty_rows
+from . import tangents, triton_call
+from .facts import facts
+from .operands import safe_lse, sink_weight, sum_rows_like
+from .triton_call import Call, cdiv, config, on_device, prepare, reachable, strides_of
+from .triton_rows import key_bounds, statistics
+
+TANGENTS = ("jvp", "jvp dq", "jvp dkdv")
+
+
+class Moved(NamedTuple):
+    """Tangents as kernel arguments; what has none is zero and takes no memory."""
+
+    operands: tuple[Tensor, Tensor, Tensor]  # of q, k, v
+    strides: tuple[tuple[int, ...], ...]
+    scores: tuple[Any, ...]  # arguments of every modifier at its parameters' tangents
+    pushed: tuple[bool, ...]  # whether it has any
+
+
+def moved(p: Problem, t: Tangents) -> Moved:
+    """The directions t of p's inputs."""
+    operands = [_or_zero(x, like) for x, like in zip((t.q, t.k, t.v), (p.q, p.k, p.v), strict=True)]
+    args: list[Any] = []
+    pushed, start = [], 0
+    for score in p.scores:
+        own = t.params[start : start + len(score.params)]
+        start += len(score.params)
+        pushed.append(any(x is not None for x in own))
+        filled = tuple(torch.zeros_like(x) if dx is None else dx for x, dx in zip(score.params, own, strict=True))
+        args.append(score.with_params(filled).device_args() if pushed[-1] else ())
+    return Moved((operands[0], operands[1], operands[2]), tuple(x.stride() for x in operands), tuple(args), tuple(pushed))
+
+
+def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape) if x is None else reachable(x)
+
+
+def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tensor) -> tuple[Tensor, Tensor]:
+    """Tangents of (out, lse): one pass over rows."""
+    tangents.require_second_order(p)
+    if triton_call.misfit(*facts(p)[:4], TANGENTS):
+        return tangents.forward_jvp(p, t, out, lse, out_lo)
+    call, way, how = prepare(p), moved(p, t), config(p, "jvp")
+    tout, tlse = empty_like_layout(p.q, tuple(out.shape)), torch.empty_like(lse)
+    low = out_lo if out_lo.numel() else None
+    out = reachable(out)
+    strides = (
+        *call.strides, *way.strides, out.stride(), strides_of(low, 4), tout.stride(), strides_of(p.sinks, 2),
+        strides_of(t.sinks, 2),
+    )  # fmt: skip
+    with on_device(p.q):
+        triton_call.run(
+            kernels.forward_jvp, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, *way.operands, out, low, lse,
+            p.sinks, t.sinks, tout, tlse, call.data, way.scores, strides, p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1),
+            call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
+            (how.block_q, how.block_k), call.precision,
+        )  # fmt: skip
+    return tout, tlse
+
+
+class _Rows(NamedTuple):
+    """Row-wise tensors of the backward's tangent; the statistics are (B, H, n_pad)."""
+
+    do: Tensor
+    tdo: Tensor | None
+    lse2: Tensor
+    tlse: Tensor
+    delta: Tensor
+    tdelta: Tensor
+
+    @property
+    def n_pad(self) -> int:
+        return self.delta.shape[2]
+
+
+def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse) -> Grads:
+    """Tangents of `backward`'s results along t and the tangents of its cotangents; tout, tlse are those of (out, lse)."""
+    tangents.require_second_order(p)
+    if triton_call.misfit(*facts(p)[:4], TANGENTS):
+        return tangents.backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse)
+    tlse = torch.zeros_like(lse) if tlse is None else tlse
+    tout = torch.zeros_like(out) if tout is None else tout
+    primal = statistics(p, do, dlse, out, lse, out_lo)
+    tdelta = statistics(p, do, tdlse, tout, lse, p.q.new_empty(0)).delta
+    if tdo is not None:
+        tdelta = tdelta + statistics(p, tdo, None, out, lse, out_lo).delta
+    padded_tlse = F.pad(tlse, (0, tdelta.shape[2] - p.n_q)).contiguous()
+    rows = _Rows(primal.do, None if tdo is None else reachable(tdo), primal.lse2, padded_tlse, primal.delta, tdelta)
+    dq, dk, dv = (empty_rows(x, tuple(x.shape)) for x in (p.q, p.k, p.v))
+    call, way = prepare(p), moved(p, t)
+    with on_device(p.q):
+        _launch_rows(p, call, way, rows, dq)
+        _launch_columns(p, call, way, rows, dk, dv)
+    dparams = []
+    if p.param_grads and p.params:
+        dparams = tangents.backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse).params
+    dsinks = None
+    if p.sinks is not None:
+        direction = -tlse if t.sinks is None else t.sinks.to(lse.dtype)[:, :, None] - tlse
+        delta, tdelta = (x[:, :, : p.n_q] for x in (rows.delta, rows.tdelta))
+        dsinks = sum_rows_like(-sink_weight(p, safe_lse(lse)) * (direction * delta + tdelta), p.sinks)
+    return Grads(dq, dk, dv, dparams, dsinks)
+
+
+def _launch_rows(p: Problem, call: Call, way: Moved, rows: _Rows, dq: Tensor) -> None:
+    how = config(p, "jvp dq")
+    triton_call.run(
+        kernels.backward_dq_jvp, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, *way.operands, rows.do,
+        rows.tdo, rows.lse2, rows.tlse, rows.delta, rows.tdelta, dq, call.data, way.scores,
+        (*call.strides, *way.strides, rows.do.stride(), strides_of(rows.tdo, 4), dq.stride()), p.scale, *call.ints, p.n_h,
+        max(p.n_b_coords, 1), rows.n_pad, call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1),
+        call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+    )  # fmt: skip
+
+
+def _launch_columns(p: Problem, call: Call, way: Moved, rows: _Rows, dk: Tensor, dv: Tensor) -> None:
+    how = config(p, "jvp dkdv")
+    triton_call.run(
+        kernels.backward_dkdv_jvp, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how,
+        *call.operands, *way.operands, rows.do, rows.tdo, rows.lse2, rows.tlse, rows.delta, rows.tdelta, dk, dv, call.data,
+        way.scores, key_bounds(p, call, how.block_k),
+        (*call.strides, *way.strides, rows.do.stride(), strides_of(rows.tdo, 4), dk.stride(), dv.stride()), p.scale,
+        *call.ints, p.n_kv, max(p.n_b_coords, 1), rows.n_pad, call.flags, call.predicates, call.chain, way.pushed,
+        p.n_h // max(p.n_kv, 1), call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+    )  # fmt: skip
+
+
+def forward_jvp2(p: Problem, t: ThreeTangents, out, lse, out_lo, tlse_one, tlse_two) -> tuple[Tensor, Tensor]:
+    """By torch operations: forward mode over forward mode has no kernel yet."""
+    return tangents.forward_jvp2(p, t, out, lse, out_lo, tlse_one, tlse_two)

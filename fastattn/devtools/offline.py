@@ -1,0 +1,211 @@
+"""What the compiler makes of the kernels, without a GPU: registers, local memory, shared memory and matrix instructions.
+
+The backend's own launches are recorded, not run, and each is compiled for a named architecture by Triton's own compiler
+with the assembler and disassembler of its wheel. So what is reported is what a launch would compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from .. import functional, masks, scores
+from ..backends import triton as backend
+from ..backends import triton_call
+from ..kernels import shim
+from ..problem import Problem, Tangents
+
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB a block may use
+
+
+class Recorded(NamedTuple):
+    """A launch that was not run."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    num_warps: int
+    num_stages: int
+
+
+class Report(NamedTuple):
+    """What a kernel came to."""
+
+    kernel: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    local: int  # bytes of local memory: what did not fit the registers
+    loop_spills: int  # accesses to it in the loops that hold the products
+    shared: int  # bytes
+    products: int  # matrix instructions
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:<14} {self.num_warps} warps {self.num_stages} stages  {self.registers:>3} registers  "
+            f"{self.local:>5} B local ({self.loop_spills} accesses in loops)  {self.shared / 1024:>5.0f} K shared  "
+            f"{self.products} matrix instructions"
+        )
+
+
+def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
+    """The launches of p's forward, with order 1 also of its backward and with order 2 of its tangents, on an architecture."""
+    found: list[Recorded] = []
+
+    def record(kernel: Any, programs: int, how: Any, *args: Any) -> None:
+        found.append(Recorded(kernel, args, how.num_warps, how.num_stages))
+
+    with mock.patch.object(triton_call, "run", record), mock.patch.object(triton_call, "architecture", return_value=arch):
+        out, lse, out_lo = backend.forward(p, order > 0)
+        if order > 0:
+            backend.backward(p, out, None, out, lse, out_lo)
+        if order > 1:
+            t = Tangents(p.q, p.k, p.v, [None] * len(p.params), None)
+            backend.forward_jvp(p, t, out, lse, out_lo)
+            plain = dataclasses.replace(p, param_grads=False)
+            backend.backward_jvp(plain, t, out, None, None, None, out, lse, out_lo, out, lse)
+    return found
+
+
+def require_compiler() -> None:
+    """Raise ValueError where triton is missing or this process interprets kernels."""
+    if not shim.PRESENT or shim.INTERPRETED:
+        raise ValueError("compiling needs triton to be installed, and TRITON_INTERPRET unset")
+
+
+def _bound(launch: Recorded, arch: str) -> tuple[Any, Any, Any, Any]:
+    """(target, its compiler, the launch's arguments by name, what the compiler specialises on)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    compiler = make_backend(target)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
+    arguments, specialization, _ = bind(*launch.args, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return target, compiler, arguments, specialization
+
+
+def variant(launch: Recorded, arch: str) -> tuple[str, str]:
+    """(kernel, key): launches of a kernel with one key share a binary."""
+    return launch.kernel.__name__, str((_bound(launch, arch)[3], launch.num_warps, launch.num_stages))
+
+
+def compiled(launch: Recorded, arch: str) -> Any:
+    """A recorded launch, compiled for an architecture ("sm_90", "gfx942")."""
+    import triton
+    from triton.compiler import ASTSource
+
+    target, compiler, arguments, specialization = _bound(launch, arch)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = launch.kernel
+    parsed, signature, constants, attributes = kernel._pack_args(compiler, options, arguments, specialization, None)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+
+
+def report(launch: Recorded, arch: str) -> Report:
+    """Compile a recorded launch for an NVIDIA architecture and read what it came to."""
+    binary = compiled(launch, arch)
+    usage, assembly = _dump(binary.asm["cubin"], "-res-usage"), _dump(binary.asm["cubin"], "-sass")
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = list(_instructions(assembly))
+    return Report(
+        launch.kernel.__name__, launch.num_warps, launch.num_stages, found.get("REG", 0),
+        found.get("STACK", 0) + found.get("LOCAL", 0), loop_spills(instructions), binary.metadata.shared,
+        sum(_is_product(text) for _, text in instructions),
+    )  # fmt: skip
+
+
+def _dump(cubin: bytes, flag: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(assembly: str) -> Iterator[tuple[int, str]]:
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", assembly):
+        yield int(address, 16), text
+
+
+def _is_product(text: str) -> bool:
+    return re.search(r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|OMMA)\b", text) is not None
+
+
+def loop_spills(instructions: list[tuple[int, str]]) -> int:
+    """Accesses to local memory in the innermost loops that hold products (or, without any, in all innermost loops)."""
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    bodies = [[text for address, text in instructions if low <= address <= high] for low, high in inner]
+    with_products = [body for body in bodies if any(map(_is_product, body))] or bodies
+    return sum(re.search(r"\b(LDL|STL)\b", text) is not None for body in with_products for text in body)
+
+
+class Row(NamedTuple):
+    """A line of a survey: a call and what one of its kernels came to, or why it did not compile."""
+
+    call: str
+    report: Report | None
+    error: str
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it compiled into the shared memory that there is."""
+        return self.report is not None and self.report.shared <= self.shared_limit
+
+    def __str__(self) -> str:
+        if self.report is None:
+            return f"{self.call:<24} {self.error}"
+        return f"{self.call:<24} {self.report}" + ("" if self.fits else "  TOO MUCH SHARED MEMORY")
+
+
+def survey(arch: str, head_dims: list[int], dtype: torch.dtype, everything: bool = False) -> Iterator[Row]:
+    """Compile the default configurations of an NVIDIA architecture: causal and row spans, with and without a chain."""
+    require_compiler()
+    rows = masks.SinkTokens(4) | masks.SlidingWindow(255, 0, "top_left")
+    calls: dict[str, dict[str, Any]] = {
+        "causal": {}, "causal, chain": {"chain": True}, "row spans": {"mask": rows},
+        "row spans, chain": {"mask": rows, "chain": True},
+    }  # fmt: skip
+    if everything:
+        calls["gradients of slopes"] = {"chain": True, "params": True}
+        calls["dense"] = {"mask": masks.Dense(torch.ones(1024, 1024, dtype=torch.bool))}
+        calls["dropout"] = {"dropout": 0.1}
+    for dim in head_dims:
+        for name, options in calls.items():
+            for launch in recorded(example(dim, dtype, **options), arch, 2 if everything else 1):
+                call, limit = f"d {dim} {name}", SHARED.get(arch, 1 << 20) * 1024
+                try:
+                    yield Row(call, report(launch, arch), "", limit)
+                except Exception as error:  # whatever the compiler raises is the answer
+                    yield Row(call, None, f"{launch.kernel.__name__}: {type(error).__name__}: {str(error)[-200:]}", limit)
+
+
+def example(
+    head_dim: int, dtype: torch.dtype, *, chain: bool = False, mask: masks.Mask | None = None, dropout: float = 0.0,
+    n: int = 1024, params: bool = False,
+) -> Problem:  # fmt: skip
+    """A training call with grouped heads; with `params` the gradients of its slopes are wanted as well."""
+    q = torch.empty(1, n, 4, head_dim, dtype=dtype).transpose(1, 2)
+    k, v = (torch.empty(1, n, 2, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    score: list[scores.Score] = [scores.Softcap(30.0), scores.ALiBi(torch.empty(4))] if chain else []
+    rng = None if dropout == 0.0 else torch.zeros(1, 2, dtype=torch.int64)
+    p = functional.problem(
+        q, k, v, masks.Causal("top_left") if mask is None else mask, score, None, None, dropout, "tiled", None, None, draw=False
+    )
+    return dataclasses.replace(p, rng=rng, param_grads=params)

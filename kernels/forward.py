@@ -1,0 +1,113 @@
+"""The forward kernel: one tile of queries against the tiles of keys that its spans show.
+
+    s = chain(scale q k')   p = exp(s - max)   out = (Z p) v / sum p   lse = max + log sum p
+
+in base 2, with Z = keep / (1 - dropout_p). out is divided by the sum of p as it was rounded for its product with v, so
+that a constant v comes out exact; lse has the unrounded sum. A sink joins both sums. For every span the tiles without a
+hidden key run first, then those before and behind them in one loop with a jump in between.
+"""
+
+from .chain import apply_scores, place
+from .dropout import kept
+from .masks import key_range, predicates, row_spans
+from .shim import LN2, LOG2E, jit, kernel, tl
+from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+
+
+@jit
+def logits(s, at, scale, scores, SCORES: tl.constexpr):
+    """Raw products to scores in base 2."""
+    if len(SCORES) == 0:
+        return s * (scale * LOG2E)
+    else:
+        return apply_scores(s * scale, at, scores, SCORES, len(SCORES)) * LOG2E
+
+
+@jit
+def forward_tiles(
+    acc, row_max, row_sum, out_sum, q, k, v, strides, start, stop, q_idx, b, h, first, last, lo, hi, jump_at, jump, scale,
+    size, n_b, data, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key tiles from lo to hi; MASKED: with the tiles from jump_at on moved by `jump`."""
+    BLOCK_K: tl.constexpr = BLOCKS[1]
+    for tile in tl.range(lo, hi, BLOCK_K):
+        k0 = tile
+        if MASKED:
+            k0 = tl.where(tile < jump_at, tile, tile + jump)
+        k_idx = k0 + tl.arange(0, BLOCK_K)
+        near = tl.minimum(k_idx, size[1] - 1)
+        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+        k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], SCORES)  # [BLOCK_Q, BLOCK_K]
+        if MASKED:
+            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
+            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            s = tl.where(seen, s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        safe = tl.where(new_max == float("-inf"), 0.0, new_max)
+        alpha = tl.exp2(row_max - safe)
+        p = tl.exp2(s - safe[:, None])
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        if MASKED and len(PREDICATES) > 0:  # what no row of the tile sees may hold anything
+            v_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v_tile, 0.0)
+        weights = rounded(p, v_tile.dtype)
+        out_sum = out_sum * alpha + tl.sum(weights.to(tl.float32), 1)
+        if FLAGS[7]:
+            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            weights = tl.where(keep, weights, 0.0)
+        acc = dot_add(weights, v_tile, acc * alpha[:, None], PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum, out_sum
+
+
+@kernel
+def forward(
+    q, k, v, out, out_lo, lse, sinks, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, FLAGS: tl.constexpr,
+    PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out, its low half (where out_lo is given) and lse of one tile of queries.
+
+    data is (mask, coords, scores, dropout); FLAGS, PREDICATES and SCORES are what is static of them. strides are those of q,
+    k, v, out, out_lo and sinks (entry, head). DIMS: head_dim, padded; v_dim, padded. BLOCKS: BLOCK_Q, BLOCK_K.
+    """
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    V_DIM: tl.constexpr = DIMS[3]
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    ok = q_idx < n_q
+    near = tl.minimum(q_idx, n_q - 1)
+    q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], True)
+    k, v = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
+    acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + b * strides[5][0] + h * strides[5][1]).to(tl.float32) * LOG2E
+        row_max = tl.maximum(row_max, sink)
+        row_sum += tl.where(sink > float("-inf"), 1.0, 0.0)
+    out_sum = row_sum
+    for r in tl.range(0, SPANS, num_stages=1):
+        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
+        acc, row_max, row_sum, out_sum = forward_tiles(
+            acc, row_max, row_sum, out_sum, q_tile, k, v, strides, first_key, last_key, near, b, h, first, last,
+            full_lo, full_hi, 0, 0, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, False,
+        )  # fmt: skip
+        jump = full_hi - full_lo
+        acc, row_max, row_sum, out_sum = forward_tiles(
+            acc, row_max, row_sum, out_sum, q_tile, k, v, strides, first_key, last_key, near, b, h, first, last,
+            lo, hi - jump, full_lo, jump, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, True,
+        )  # fmt: skip
+    acc = acc * (1.0 / tl.where(out_sum == 0.0, 1.0, out_sum))[:, None]
+    if FLAGS[7]:
+        acc = acc * data[3][3]
+    store_rows(head_of(out, b, h, strides[3]), acc, q0, strides[3], n_q, BLOCK_Q, DIMS[2], DIMS[3])
+    if out_lo is not None:
+        low = acc - rounded(acc, out.dtype.element_ty).to(tl.float32)
+        store_rows(head_of(out_lo, b, h, strides[4]), low, q0, strides[4], n_q, BLOCK_Q, DIMS[2], DIMS[3])
+    row_lse = tl.where(row_sum > 0.0, (row_max + tl.log2(row_sum)) * LN2, float("-inf"))
+    tl.store(lse + (b * n_h + h) * n_q + q_idx, row_lse, mask=ok)

@@ -1,0 +1,116 @@
+"""Gradients of an Additive's parameters: g behind the modifier, recomputed tile by tile and summed with one owner a sum.
+
+    tile       g at (q, k), summed over the entries and heads that the parameter does not tell apart
+    keys       sums over rows: one value per entry, head and key
+    rows       sums over keys, of g times the modifier's weight: one value per entry, head and row
+    diagonals  square tiles with the same k - q, summed over all of them: the diagonals of what is stored are the answer
+"""
+
+from .backward import weights
+from .chain import place
+from .dropout import kept
+from .masks import predicates, row_spans
+from .shim import jit, kernel, tl
+from .tiles import dot, head_of, load_rows
+
+
+@jit
+def walk(tile, n_q, n_k, SHAPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(first row, first key, row step, key step, steps) of the tiles that a program sums."""
+    q_tiles, k_tiles = tl.cdiv(n_q, BLOCK_Q), tl.cdiv(n_k, BLOCK_K)
+    if SHAPE == "tile":
+        return tile // k_tiles * BLOCK_Q, tile % k_tiles * BLOCK_K, 0, 0, 1
+    elif SHAPE == "keys":
+        return tile * 0, tile * BLOCK_K, BLOCK_Q, 0, q_tiles
+    elif SHAPE == "rows":
+        return tile * BLOCK_Q, tile * 0, 0, BLOCK_K, k_tiles
+    else:
+        ahead = tile - (q_tiles - 1)
+        first = tl.maximum(-ahead, 0)
+        steps = tl.maximum(tl.minimum(q_tiles, k_tiles - ahead) - first, 0)
+        return first * BLOCK_Q, (first + ahead) * BLOCK_K, BLOCK_Q, BLOCK_K, steps
+
+
+@jit
+def gradient_tile(
+    q, k, v, do, lse2, delta, strides, q0, k0, b, h, scale, size, n_b, data, weight_args, FLAGS: tl.constexpr,
+    PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """g behind modifier BEHIND - 1 of one tile, times WEIGHT; 0 where no row sees a key. # [BLOCK_Q, BLOCK_K]"""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    BLOCK_K: tl.constexpr = BLOCKS[1]
+    q_idx, k_idx = q0 + tl.arange(0, BLOCK_Q), k0 + tl.arange(0, BLOCK_K)
+    near_q, near_k = tl.minimum(q_idx, size[0] - 1)[:, None], tl.minimum(k_idx, size[1] - 1)[None, :]
+    at = place(data[1], b, h, near_q, near_k, size, n_b, FLAGS)
+    seen = tl.zeros([BLOCK_Q, BLOCK_K], tl.int1)
+    for r in tl.static_range(SPANS):
+        first, last = row_spans(data[0], r, b, h, q_idx, q_idx < size[0], size, FLAGS)
+        seen = seen | ((k_idx[None, :] >= first[:, None]) & (k_idx[None, :] < last[:, None]))
+    g = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
+        seen = predicates(seen, data[0], at, near_q, near_k, PREDICATES)
+        q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], True)
+        k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
+        k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], True)
+        product = dot(q_tile, tl.trans(k_tile), PRECISION)
+        row_lse, row_delta = tl.load(lse2 + q_idx), tl.load(delta + q_idx)
+        _, w = weights(product, row_lse[:, None], at, scale, data[2], SCORES, BEHIND)
+        do_tile = load_rows(head_of(do, b, h, strides[3]), q0, strides[3], 0, size[0], BLOCK_Q, DIMS[2], DIMS[3], True)
+        v_tile = load_rows(v_head, k0, strides[2], 0, size[1], BLOCK_K, DIMS[2], DIMS[3], True)
+        dp = dot(do_tile, tl.trans(v_tile), PRECISION)
+        if FLAGS[7]:
+            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, False)
+            dp = tl.where(keep, dp * data[3][3], 0.0)
+        g = tl.where(seen, w * (dp - row_delta[:, None]) * WEIGHT(at, weight_args), 0.0)
+    return g
+
+
+@kernel
+def score_grads(
+    q, k, v, do, lse2, delta, grads, data, weight_args, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, n_pad,
+    entries, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
+    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr, WEIGHT: tl.constexpr,
+    SHAPE: tl.constexpr, KEEP_B: tl.constexpr, KEEP_H: tl.constexpr,
+):  # fmt: skip
+    """One program's sum, for one kept entry and head. grads, float32: (B|1, H|1, n_q, n_k), (B, H, n_k), (B, H, n_q), or
+    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K). strides: q, k, v, do. entries: how many there are, B."""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    BLOCK_K: tl.constexpr = BLOCKS[1]
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    q_tiles, k_tiles = tl.cdiv(n_q, BLOCK_Q), tl.cdiv(n_k, BLOCK_K)
+    if SHAPE == "tile":
+        n_tiles = q_tiles * k_tiles
+    elif SHAPE == "keys":
+        n_tiles = k_tiles
+    elif SHAPE == "rows":
+        n_tiles = q_tiles
+    else:
+        n_tiles = q_tiles + k_tiles - 1
+    tile, kept_head = tl.program_id(0) % n_tiles, (tl.program_id(0) // n_tiles).to(tl.int64)
+    first_row, first_key, row_step, key_step, steps = walk(tile, n_q, n_k, SHAPE, BLOCK_Q, BLOCK_K)
+    # the entries and heads that share this sum
+    b_count, h_count = (1 if KEEP_B else entries), (1 if KEEP_H else n_h)
+    kept_b = kept_head // (n_h if KEEP_H else 1) if KEEP_B else kept_head * 0
+    kept_h = kept_head % n_h if KEEP_H else kept_head * 0
+    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for each in tl.range(0, b_count * h_count, num_stages=1):
+        b, h = kept_b + each // h_count, kept_h + each % h_count
+        row = (b * n_h + h) * n_pad
+        for step in tl.range(0, steps, num_stages=1):
+            total += gradient_tile(
+                q, k, v, do, lse2 + row, delta + row, strides, first_row + step * row_step, first_key + step * key_step, b,
+                h, scale, size, n_b, data, weight_args, FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION,
+                BEHIND, WEIGHT,
+            )  # fmt: skip
+    q_idx, k_idx = first_row + tl.arange(0, BLOCK_Q), first_key + tl.arange(0, BLOCK_K)
+    if SHAPE == "tile":
+        to = grads + kept_head * n_q * n_k + q_idx.to(tl.int64)[:, None] * n_k + k_idx[None, :]
+        tl.store(to, total, mask=(q_idx < n_q)[:, None] & (k_idx < n_k)[None, :])
+    elif SHAPE == "keys":
+        tl.store(grads + kept_head * n_k + k_idx, tl.sum(total, 0), mask=k_idx < n_k)
+    elif SHAPE == "rows":
+        tl.store(grads + kept_head * n_q + q_idx, tl.sum(total, 1), mask=q_idx < n_q)
+    else:
+        to = grads + (kept_head * n_tiles + tile) * (BLOCK_Q * BLOCK_K)
+        tl.store(to + tl.arange(0, BLOCK_Q)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], total)

@@ -1,0 +1,84 @@
+"""Launch configurations: one pure function over a table per architecture.
+
+tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]. Under
+"<kernel>, chain" stands what a nonlinear score wants instead, under "<kernel>, heavy" what dropout and predicates want:
+they need registers that a larger tile would take. What does not fit an architecture has no entry. An architecture without
+a table takes the nearest older one of its maker. The values were chosen by what the compiler reports (no local memory in a
+loop, shared memory that fits); none has been timed yet.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+TABLES = Path(__file__).parent / "tuning"
+KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv")
+SHORT = 16  # rows up to which a query tile is as small as a product permits: decoding
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def tables() -> dict[str, dict]:
+    """Every table, by architecture: sm_80, sm_90, gfx942, interpreter and so on."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json"))}
+
+
+def table_of(arch: str) -> str:
+    """The architecture whose table `arch` uses.
+
+    Raises:
+        ValueError: there is none.
+    """
+    known = tables()
+    if arch in known:
+        return arch
+    maker = arch.rstrip("0123456789abcdef") if not arch.startswith("gfx") else "gfx"
+    older = [x for x in known if x.startswith(maker) and _number(x) <= _number(arch)]
+    if not older:
+        raise ValueError(f"no launch table for {arch!r}; there are tables for {', '.join(known)}")
+    return max(older, key=_number)
+
+
+def _number(arch: str) -> int:
+    digits = arch.removeprefix("sm_").removeprefix("gfx")
+    return int(digits, 16 if arch.startswith("gfx") else 10) if digits and digits[0].isdigit() else -1
+
+
+def padded(dim: int) -> int:
+    """head_dim as kernels hold it: a power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@functools.lru_cache(maxsize=4096)
+def launch(kernel: str, head_dim: int, v_dim: int, itemsize: int, arch: str, load: str = "", n_q: int = 1 << 30) -> Launch:
+    """The launch of a kernel.
+
+    Args:
+        kernel: one of KERNELS.
+        head_dim, v_dim: of q and k, and of v; the larger decides.
+        itemsize: bytes of an element of q.
+        arch: "sm_90", "gfx942", "interpreter" and the like.
+        load: "" for a plain call, "chain" with a nonlinear score, "heavy" with dropout or predicates.
+        n_q: rows; few of them take a small query tile.
+
+    Raises:
+        ValueError: the kernel does not fit the architecture at this size.
+    """
+    table, bits, dim = tables()[table_of(arch)], str(8 * itemsize), str(max(padded(head_dim), padded(v_dim)))
+    names = {"": [], "chain": ["chain"], "heavy": ["heavy", "chain"]}[load]
+    for name in (*(f"{kernel}, {name}" for name in names), kernel):
+        if dim in table.get(name, {}).get(bits, {}):
+            found = Launch(*table[name][bits][dim])
+            break
+    else:
+        raise ValueError(f"the {kernel} kernel does not fit {arch} at a head_dim of {max(head_dim, v_dim)} in {bits} bits")
+    return found._replace(block_q=min(found.block_q, 16)) if n_q <= SHORT else found

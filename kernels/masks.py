@@ -1,0 +1,163 @@
+"""Which keys a row sees: R spans [start, stop) of keys per row, and predicates on top. Hence which tiles a kernel visits.
+
+For a tile of rows:   seen = [min start, max stop)     keys outside are never visited
+                      full = [max start, min stop)     tiles of keys inside need no masking
+
+FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans an
+entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
+entry. PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides and with
+None, or 1 where an offset inside one of its planes needs 64 bits.
+size is (n_q, n_k, start, stop, q_at, k_at).
+"""
+
+from .shim import jit, kernel, tl
+from .tiles import program_tile
+
+
+@jit
+def affine_bound(data, which: tl.constexpr, b, size):
+    """The constant of a bound: an int, or an entry's element of a tensor."""
+    if data[which] is None:
+        return size[2 + which]
+    else:
+        return tl.load(data[which] + b * data[2 + which])
+
+
+@jit
+def row_spans(mask, r, b, h, q_idx, ok, size, FLAGS: tl.constexpr):
+    """(start, stop) of span r of the rows q_idx, within [0, n_k]; rows with ok=False see nothing. # [BLOCK_Q]"""
+    data = mask[0]
+    if FLAGS[0]:
+        at = (b * data[2] + h * data[3] + r) * size[0] + q_idx
+        return tl.load(data[0] + at, mask=ok, other=0), tl.load(data[1] + at, mask=ok, other=0)
+    else:
+        start = q_idx * FLAGS[1] + affine_bound(data, 0, b, size)
+        stop = q_idx * FLAGS[2] + affine_bound(data, 1, b, size)
+        start = tl.minimum(tl.maximum(start, 0), size[1])
+        stop = tl.maximum(tl.minimum(stop, size[1]), start)
+        return tl.where(ok, start, 0), tl.where(ok, stop, 0)
+
+
+@jit
+def aligned(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, PREDICATED: tl.constexpr):
+    """[lo, hi) and the run inside it that needs no mask, in whole tiles; the four ends come back in order."""
+    lo = lo // BLOCK * BLOCK
+    hi = tl.maximum(hi, lo)
+    full_lo = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK) * BLOCK, lo), hi)
+    full_hi = tl.maximum(tl.minimum(full_hi, hi) // BLOCK * BLOCK, full_lo)
+    if PREDICATED:
+        full_hi = full_lo
+    return lo, full_lo, full_hi, hi
+
+
+@jit
+def key_range(start, stop, ok, n_k, BLOCK_K: tl.constexpr, PREDICATED: tl.constexpr):
+    """The ends (seen, full, full, seen) of the key tiles of a tile of rows, and the keys [first, last) that it may load."""
+    some = ok & (stop > start)
+    first = tl.min(tl.where(some, start, n_k))
+    last = tl.max(tl.where(some, stop, 0))
+    full_lo = tl.max(tl.where(ok, start, 0))
+    full_hi = tl.min(tl.where(ok, stop, n_k))
+    lo, full_lo, full_hi, hi = aligned(first, full_lo, full_hi, last, BLOCK_K, PREDICATED)
+    return lo, full_lo, full_hi, hi, first, last
+
+
+@jit
+def affine_rows(mask, b, k_lo, k_hi, size, FLAGS: tl.constexpr):
+    """Rows [first, last) that see any of the keys [k_lo, k_hi), and rows [full_lo, full_hi) that see all of them."""
+    n_q = size[0]
+    start, stop = affine_bound(mask[0], 0, b, size), affine_bound(mask[0], 1, b, size)
+    k_end = tl.minimum(k_hi, size[1])
+    if FLAGS[1] == 1:  # start = i + c
+        last, full_hi = k_end - start, k_lo - start + 1
+    else:
+        last, full_hi = tl.where(start < k_end, n_q, 0), tl.where(start <= k_lo, n_q, 0)
+    if FLAGS[2] == 1:  # stop = i + c
+        first, full_lo = k_lo - stop + 1, k_end - stop
+    else:
+        first, full_lo = tl.where(stop > k_lo, 0, n_q), tl.where(stop >= k_end, 0, n_q)
+    first, last = tl.maximum(first, 0), tl.maximum(tl.minimum(last, n_q), 0)
+    return first, tl.maximum(full_lo, 0), tl.maximum(tl.minimum(full_hi, n_q), 0), last
+
+
+@jit
+def row_range(
+    mask, bounds, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The ends (seen, full, full, seen) of the query tiles that see the key tile at k0 through span r."""
+    if FLAGS[0]:
+        n_tiles = tl.cdiv(size[1], BLOCK_K)
+        at = bounds[0] + ((b * bounds[1] + h * bounds[2] + r) * n_tiles + k0 // BLOCK_K) * 4
+        first, full_lo, full_hi, last = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    else:
+        first, full_lo, full_hi, last = affine_rows(mask, b, k0, k0 + BLOCK_K, size, FLAGS)
+    return aligned(first, full_lo, full_hi, last, BLOCK_Q, len(PREDICATES) > 0)
+
+
+@kernel
+def span_bounds(start_ptr, stop_ptr, bounds, n_q, n_k, n_tiles, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Per row of spans and key tile: (first, full_lo, full_hi, last) as `affine_rows` has them, into bounds (S, tiles, 4).
+
+    Rows from full_lo to full_hi see the whole tile, whatever the order of the spans; [first, last) is the exact hull.
+    """
+    tile, spans = tl.program_id(0) % n_tiles, (tl.program_id(0) // n_tiles).to(tl.int64)
+    k_lo, k_hi = tile * BLOCK_K, tl.minimum(tile * BLOCK_K + BLOCK_K, n_k)
+    first, last = tl.full([BLOCK], n_q, tl.int32), tl.full([BLOCK], 0, tl.int32)
+    full_lo, full_hi = tl.full([BLOCK], 0, tl.int32), tl.full([BLOCK], n_q, tl.int32)
+    for at in tl.range(0, n_q, BLOCK):
+        row = at + tl.arange(0, BLOCK)
+        ok = row < n_q
+        start = tl.load(start_ptr + spans * n_q + row, mask=ok, other=0)
+        stop = tl.load(stop_ptr + spans * n_q + row, mask=ok, other=0)
+        some = (start < k_hi) & (stop > k_lo) & (start < stop)
+        first = tl.where(some, tl.minimum(first, row), first)
+        last = tl.where(some, row + 1, last)
+        full_lo = tl.where(ok & (stop < k_hi), row + 1, full_lo)
+        full_hi = tl.where(ok & (start > k_lo), tl.minimum(full_hi, row), full_hi)
+    to = bounds + (spans * n_tiles + tile) * 4
+    tl.store(to, tl.min(first))
+    tl.store(to + 1, tl.max(full_lo))
+    tl.store(to + 2, tl.min(full_hi))
+    tl.store(to + 3, tl.max(last))
+
+
+@kernel
+def dense_hull(
+    mask, start_ptr, stop_ptr, strides, wide, n_q, n_k, n_h, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """The span from the first to the last visible key of every row of a bool tensor; [0, 0) where there is none."""
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, False)
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    mask += b * strides[0] + h * strides[1]
+    first, last = tl.full([BLOCK_Q], n_k, tl.int32), tl.full([BLOCK_Q], 0, tl.int32)
+    for k0 in tl.range(0, n_k, BLOCK_K):
+        k_idx = k0 + tl.arange(0, BLOCK_K)
+        inside = (q_idx < n_q)[:, None] & (k_idx < n_k)[None, :]
+        at = mask + plane_offset(q_idx[:, None], k_idx[None, :], strides, wide)
+        seen = tl.load(at, mask=inside, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(seen, k_idx[None, :], n_k), 1))
+        last = tl.maximum(last, tl.max(tl.where(seen, k_idx[None, :] + 1, 0), 1))
+    to = (b * n_h + h) * n_q + q_idx
+    tl.store(start_ptr + to, tl.where(last > 0, first, 0), mask=q_idx < n_q)
+    tl.store(stop_ptr + to, last, mask=q_idx < n_q)
+
+
+@jit
+def plane_offset(q, k, strides, wide):
+    """Where (q, k) is in a plane with strides[2:]: 32 bits, half the registers of 64, unless `wide` is given."""
+    if wide is None:
+        return q * strides[2] + k * strides[3]
+    else:
+        return q.to(tl.int64) * strides[2] + k.to(tl.int64) * strides[3]
+
+
+@jit
+def predicates(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
+    """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape."""
+    for i in tl.static_range(len(PREDICATES)):
+        if PREDICATES[i] is None:
+            x = mask[1][i][0] + at[4] * mask[1][i][1][0] + at[5] * mask[1][i][1][1]
+            seen = seen & (tl.load(x + plane_offset(q_idx, k_idx, mask[1][i][1], mask[1][i][2])) != 0)
+        else:
+            seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])
+    return seen

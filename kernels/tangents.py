@@ -1,0 +1,334 @@
+"""Tangents: of the forward in one pass over rows, of the backward in one over rows and one over columns.
+
+With A the scores after the chain, a dot for a tangent, and everything of kernels/backward.py:
+
+    A. = chain.(scale (q. k' + q k.'))      lse. = sum p A. + pi sink.      out. = sum Z p (A. v + v.) - lse. out
+    u = A. - lse.    r = dp - delta         g. = p (u r + Z (do v.' + do. v') - delta.)      x, x. = chain'(g, g.)
+    dq. = scale (x. k + x k.)               dk. = scale (x.' q + x' q.)      dv. = (Z p u)' do + (Z p)' do.
+
+from the lse, out and delta that are there already. PUSHED says which modifiers have a parameter with a tangent, and
+tscores has their arguments with the tangent in the parameter's place.
+"""
+
+from .backward import weights
+from .chain import apply_scores, place
+from .dropout import kept
+from .masks import key_range, predicates, row_range, row_spans
+from .shim import LOG2E, jit, kernel, tl
+from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+
+
+@jit
+def push_scores(ds, s, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr, n: tl.constexpr):
+    """The tangent behind the first n modifiers; s and ds are the score and its tangent in front of the chain."""
+    for i in tl.static_range(n):
+        if SCORES[i][0]:
+            ds = ds * SCORES[i][2](s, scores[i])
+            s = SCORES[i][1](s, scores[i])
+        else:
+            s = s + SCORES[i][1](at, scores[i])
+            if PUSHED[i]:
+                ds = ds + SCORES[i][1](at, tscores[i])
+    return ds
+
+
+@jit
+def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr):
+    """(g, dg) in front of the chain from those behind it: the gradient of the scores and its tangent."""
+    for i in tl.static_range(len(SCORES)):
+        if SCORES[len(SCORES) - 1 - i][0]:
+            before = apply_scores(s, at, scores, SCORES, len(SCORES) - 1 - i)
+            dbefore = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES) - 1 - i)
+            first = SCORES[len(SCORES) - 1 - i][2](before, scores[len(SCORES) - 1 - i])
+            dg = dg * first + g * dbefore * SCORES[len(SCORES) - 1 - i][3](before, scores[len(SCORES) - 1 - i])
+            g = g * first
+    return g, dg
+
+
+@jit
+def jvp_tiles(
+    acc, mean, q, tq, lse2, k, v, tk, tv, strides, start, stop, q_idx, b, h, first, last, lo, hi, jump_at, jump, scale, size,
+    n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """acc += Z p (A. v + v.) and mean += p A. over the key tiles from lo to hi."""
+    BLOCK_K: tl.constexpr = BLOCKS[1]
+    for tile in tl.range(lo, hi, BLOCK_K):
+        k0 = tile
+        if MASKED:
+            k0 = tl.where(tile < jump_at, tile, tile + jump)
+        k_idx = k0 + tl.arange(0, BLOCK_K)
+        near = tl.minimum(k_idx, size[1] - 1)
+        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+        k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
+        change = dot_add(q, tl.trans(tk_tile), dot(tq, tl.trans(k_tile), PRECISION), PRECISION) * scale
+        p, _ = weights(product, lse2[:, None], at, scale, data[2], SCORES, len(SCORES))
+        change = push_scores(change, product * scale, at, data[2], tscores, SCORES, PUSHED, len(SCORES))
+        v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        change = p * change
+        if MASKED:
+            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
+            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
+            if len(PREDICATES) > 0:
+                some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
+                v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
+        mean += tl.sum(change, 1)
+        if FLAGS[7]:
+            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            p, change = tl.where(keep, p, 0.0), tl.where(keep, change, 0.0)
+        acc = dot_add(rounded(change, v_tile.dtype), v_tile, acc, PRECISION)
+        acc = dot_add(rounded(p, v_tile.dtype), tv_tile, acc, PRECISION)
+    return acc, mean
+
+
+@kernel
+def forward_jvp(
+    q, k, v, tq, tk, tv, out, out_lo, lse, sinks, tsinks, tout, tlse, data, tscores, strides, scale, n_q, n_k, start, stop,
+    q_at, k_at, n_h, n_b, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """tout and tlse of one tile of queries. strides: q, k, v, tq, tk, tv, out, out_lo, tout, sinks, tsinks."""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    V_DIM: tl.constexpr = DIMS[3]
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    ok = q_idx < n_q
+    near = tl.minimum(q_idx, n_q - 1)
+    q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], True)
+    tq_tile = load_rows(head_of(tq, b, h, strides[3]), q0, strides[3], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], True)
+    k, v = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
+    tk, tv = head_of(tk, b, h // GROUP, strides[4]), head_of(tv, b, h // GROUP, strides[5])
+    row = (b * n_h + h) * n_q + q_idx
+    row_lse = tl.load(lse + row, mask=ok, other=float("-inf"))
+    lse2 = tl.where(row_lse > float("-inf"), row_lse * LOG2E, float("inf"))
+    acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
+    mean = tl.zeros([BLOCK_Q], tl.float32)
+    for r in tl.range(0, SPANS, num_stages=1):
+        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
+        acc, mean = jvp_tiles(
+            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, first_key, last_key, near, b, h, first, last,
+            full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
+            PRECISION, False,
+        )  # fmt: skip
+        jump = full_hi - full_lo
+        acc, mean = jvp_tiles(
+            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, first_key, last_key, near, b, h, first, last,
+            lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
+            PRECISION, True,
+        )  # fmt: skip
+    if tsinks is not None:
+        sink = tl.load(sinks + b * strides[9][0] + h * strides[9][1]).to(tl.float32)
+        tsink = tl.load(tsinks + b * strides[10][0] + h * strides[10][1]).to(tl.float32)
+        mean += tl.exp2(sink * LOG2E - lse2) * tsink
+    if FLAGS[7]:
+        acc = acc * data[3][3]
+    o = load_rows(head_of(out, b, h, strides[6]), q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True).to(tl.float32)
+    if out_lo is not None:
+        low = load_rows(head_of(out_lo, b, h, strides[7]), q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
+        o += low.to(tl.float32)
+    acc -= mean[:, None] * o
+    store_rows(head_of(tout, b, h, strides[8]), acc, q0, strides[8], n_q, BLOCK_Q, DIMS[2], DIMS[3])
+    tl.store(tlse + row, mean, mask=ok)
+
+
+@jit
+def tangent_tile(
+    product, change, dp, tdp, lse2, tlse, delta, tdelta, at, scale, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr
+):  # fmt: skip
+    """(p, p u, x, x.) of a tile from its raw products q k', q. k' + q k.', Z do v' and Z (do v.' + do. v')."""
+    s, ds = product * scale, change * scale
+    p, _ = weights(product, lse2, at, scale, scores, SCORES, len(SCORES))
+    u = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES)) - tlse
+    r = dp - delta
+    x, tx = pull_tangents(p * r, p * (u * r + tdp - tdelta), s, ds, at, scores, tscores, SCORES, PUSHED)
+    return p, p * u, x, tx
+
+
+@jit
+def dq_jvp_tiles(
+    dq, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, start, stop, q_idx, b, h, first, last, lo, hi,
+    jump_at, jump, scale, size, n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
+    PUSHED: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """dq += x. k + x k. over the key tiles from lo to hi."""
+    BLOCK_K: tl.constexpr = BLOCKS[1]
+    for tile in tl.range(lo, hi, BLOCK_K):
+        k0 = tile
+        if MASKED:
+            k0 = tl.where(tile < jump_at, tile, tile + jump)
+        k_idx = k0 + tl.arange(0, BLOCK_K)
+        near = tl.minimum(k_idx, size[1] - 1)
+        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+        k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
+        change = dot_add(q, tl.trans(tk_tile), dot(tq, tl.trans(k_tile), PRECISION), PRECISION)
+        dp = dot(do, tl.trans(v_tile), PRECISION)
+        tdp = dot(do, tl.trans(tv_tile), PRECISION)
+        if TDO:
+            tdp = dot_add(tdo, tl.trans(v_tile), tdp, PRECISION)
+        if FLAGS[7]:
+            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
+        _, _, x, tx = tangent_tile(
+            product, change, dp, tdp, lse2[:, None], tlse[:, None], delta[:, None], tdelta[:, None], at, scale, data[2],
+            tscores, SCORES, PUSHED,
+        )  # fmt: skip
+        if MASKED:
+            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
+            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
+            if len(PREDICATES) > 0:
+                some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
+                k_tile, tk_tile = tl.where(some, k_tile, 0.0), tl.where(some, tk_tile, 0.0)
+        dq = dot_add(rounded(tx, k_tile.dtype), k_tile, dq, PRECISION)
+        dq = dot_add(rounded(x, k_tile.dtype), tk_tile, dq, PRECISION)
+    return dq
+
+
+@kernel
+def backward_dq_jvp(
+    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dq_out, data, tscores, strides, scale, n_q, n_k, start, stop, q_at,
+    k_at, n_h, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tangent of dq of one tile of queries. strides: q, k, v, tq, tk, tv, do, tdo, dq. tdo may be None."""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    HEAD_DIM: tl.constexpr = DIMS[1]
+    TDO: tl.constexpr = tdo is not None
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    ok = q_idx < n_q
+    near = tl.minimum(q_idx, n_q - 1)
+    q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], True)
+    tq_tile = load_rows(head_of(tq, b, h, strides[3]), q0, strides[3], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], True)
+    do_tile = load_rows(head_of(do, b, h, strides[6]), q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
+    tdo_tile = do_tile
+    if TDO:
+        tdo_tile = load_rows(head_of(tdo, b, h, strides[7]), q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
+    k, v = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
+    tk, tv = head_of(tk, b, h // GROUP, strides[4]), head_of(tv, b, h // GROUP, strides[5])
+    row = (b * n_h + h) * n_pad + q_idx
+    row_lse, row_tlse = tl.load(lse2 + row), tl.load(tlse + row)
+    row_delta, row_tdelta = tl.load(delta + row), tl.load(tdelta + row)
+    dq = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
+    for r in tl.range(0, SPANS, num_stages=1):
+        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
+        dq = dq_jvp_tiles(
+            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
+            first_key, last_key, near, b, h, first, last, full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS,
+            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+        )  # fmt: skip
+        jump = full_hi - full_lo
+        dq = dq_jvp_tiles(
+            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
+            first_key, last_key, near, b, h, first, last, lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores,
+            FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+        )  # fmt: skip
+    store_rows(head_of(dq_out, b, h, strides[8]), dq * scale, q0, strides[8], n_q, BLOCK_Q, DIMS[0], DIMS[1])
+
+
+@jit
+def dkdv_jvp_tiles(
+    dk, dv, k, v, tk, tv, q, tq, do, tdo, lse2, tlse, delta, tdelta, strides, k_idx, k0, r, b, h, lo, hi, jump_at, jump, scale,
+    size, n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dk += x.' q + x' q. and dv += (Z p u)' do + (Z p)' do. over the query tiles from lo to hi."""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    n_q, near_k = size[0], tl.minimum(k_idx, size[1] - 1)
+    for tile in tl.range(lo, hi, BLOCK_Q):
+        q0 = tile
+        if MASKED:
+            q0 = tl.where(tile < jump_at, tile, tile + jump)
+        q_idx = q0 + tl.arange(0, BLOCK_Q)
+        near = tl.minimum(q_idx, n_q - 1)
+        at = place(data[1], b, h, near[None, :], near_k[:, None], size, n_b, FLAGS)
+        q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
+        tq_tile = load_rows(tq, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
+        do_tile = load_rows(do, q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
+        product = dot(k, tl.trans(q_tile), PRECISION)  # [BLOCK_K, BLOCK_Q]
+        change = dot_add(tk, tl.trans(q_tile), dot(k, tl.trans(tq_tile), PRECISION), PRECISION)
+        dp = dot(v, tl.trans(do_tile), PRECISION)
+        tdp = dot(tv, tl.trans(do_tile), PRECISION)
+        if TDO:
+            tdo_tile = load_rows(tdo, q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
+            tdp = dot_add(v, tl.trans(tdo_tile), tdp, PRECISION)
+        if FLAGS[7]:
+            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
+            dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
+        p, pu, x, tx = tangent_tile(
+            product, change, dp, tdp, tl.load(lse2 + q_idx)[None, :], tl.load(tlse + q_idx)[None, :],
+            tl.load(delta + q_idx)[None, :], tl.load(tdelta + q_idx)[None, :], at, scale, data[2], tscores, SCORES, PUSHED,
+        )  # fmt: skip
+        if MASKED:
+            first, last = row_spans(data[0], r, b, h, q_idx, q_idx < n_q, size, FLAGS)
+            seen = (k_idx[:, None] >= first[None, :]) & (k_idx[:, None] < last[None, :])
+            seen = predicates(seen, data[0], at, near[None, :], near_k[:, None], PREDICATES)
+            p, pu = tl.where(seen, p, 0.0), tl.where(seen, pu, 0.0)
+            x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
+        if FLAGS[7]:
+            p, pu = tl.where(keep, p, 0.0), tl.where(keep, pu, 0.0)
+        dv = dot_add(rounded(pu, do_tile.dtype), do_tile, dv, PRECISION)
+        if TDO:
+            dv = dot_add(rounded(p, do_tile.dtype), tdo_tile, dv, PRECISION)
+        dk = dot_add(rounded(tx, q_tile.dtype), q_tile, dk, PRECISION)
+        dk = dot_add(rounded(x, q_tile.dtype), tq_tile, dk, PRECISION)
+    return dk, dv
+
+
+@kernel
+def backward_dkdv_jvp(
+    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dk_out, dv_out, data, tscores, bounds, strides, scale, n_q, n_k,
+    start, stop, q_at, k_at, n_kv, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
+    PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tangents of dk and dv of one tile of keys. strides: q, k, v, tq, tk, tv, do, tdo, dk, dv. tdo may be None."""
+    BLOCK_K: tl.constexpr = BLOCKS[1]
+    HEAD_DIM: tl.constexpr = DIMS[1]
+    V_DIM: tl.constexpr = DIMS[3]
+    TDO: tl.constexpr = tdo is not None
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    k0, b, kv = program_tile(n_k, n_kv, BLOCK_K, False)
+    k_idx = k0 + tl.arange(0, BLOCK_K)
+    k_tile = load_rows(head_of(k, b, kv, strides[1]), k0, strides[1], 0, n_k, BLOCK_K, DIMS[0], DIMS[1], True)
+    v_tile = load_rows(head_of(v, b, kv, strides[2]), k0, strides[2], 0, n_k, BLOCK_K, DIMS[2], DIMS[3], True)
+    tk_tile = load_rows(head_of(tk, b, kv, strides[4]), k0, strides[4], 0, n_k, BLOCK_K, DIMS[0], DIMS[1], True)
+    tv_tile = load_rows(head_of(tv, b, kv, strides[5]), k0, strides[5], 0, n_k, BLOCK_K, DIMS[2], DIMS[3], True)
+    dk = tl.zeros([BLOCK_K, HEAD_DIM], tl.float32)
+    dv = tl.zeros([BLOCK_K, V_DIM], tl.float32)
+    for step in tl.range(0, GROUP * SPANS, num_stages=1):
+        h, r = kv * GROUP + step // SPANS, step % SPANS
+        lo, full_lo, full_hi, hi = row_range(data[0], bounds, r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS[0], BLOCK_K)
+        q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[6])
+        tq_head, tdo_head = head_of(tq, b, h, strides[3]), do_head
+        if TDO:
+            tdo_head = head_of(tdo, b, h, strides[7])
+        row = (b * n_kv * GROUP + h) * n_pad
+        dk, dv = dkdv_jvp_tiles(
+            dk, dv, k_tile, v_tile, tk_tile, tv_tile, q_head, tq_head, do_head, tdo_head, lse2 + row, tlse + row, delta + row,
+            tdelta + row, strides, k_idx, k0, r, b, h, full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS,
+            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+        )  # fmt: skip
+        jump = full_hi - full_lo
+        dk, dv = dkdv_jvp_tiles(
+            dk, dv, k_tile, v_tile, tk_tile, tv_tile, q_head, tq_head, do_head, tdo_head, lse2 + row, tlse + row, delta + row,
+            tdelta + row, strides, k_idx, k0, r, b, h, lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores, FLAGS,
+            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+        )  # fmt: skip
+    if FLAGS[7]:
+        dv = dv * data[3][3]
+    store_rows(head_of(dk_out, b, kv, strides[8]), dk * scale, k0, strides[8], n_k, BLOCK_K, DIMS[0], DIMS[1])
+    store_rows(head_of(dv_out, b, kv, strides[9]), dv, k0, strides[9], n_k, BLOCK_K, DIMS[2], DIMS[3])

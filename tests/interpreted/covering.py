@@ -1,0 +1,25 @@
+"""Kernels against float64: a pairwise covering array over every feature, size and dtype, forward and backward."""
+
+import pytest
+import torch
+from device_cases import MASKS
+from test_covering import FACTORS, check, describe, pairwise
+
+ROWS = pairwise(
+    {
+        **FACTORS,
+        "mask": list(MASKS),
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "n_q": [47, 1, 3, 33],
+        "head_dim": [8, 16, 40, 59, 1],
+    }
+)
+
+
+@pytest.mark.parametrize("i", range(len(ROWS)), ids=lambda i: describe(ROWS[i]))
+def test_pairwise(i):
+    row = dict(ROWS[i])
+    n_q, keys, v_dim = row["n_q"], row.pop("keys"), row.pop("v_dim")
+    n_k = {"equal": n_q, "fewer": max(1, n_q - n_q // 3), "more": n_q + 2 + n_q // 4}[keys]
+    v_dim = row["head_dim"] if v_dim == "equal" else row["head_dim"] // 2 + 3
+    check(**row, n_k=n_k, v_dim=v_dim, n_b=2 if n_q < 10 else 1, backend="triton", masks=MASKS, lse=(i % 2 == 0,))

@@ -1,0 +1,298 @@
+"""Single promises of the kernels: dropout's bits, coordinates, memory, repeatability, exactness."""
+
+import cases
+import pytest
+import torch
+from bars import assert_within, errors
+from device_cases import DEVICE, MASKS, Square, Tilt, stripes
+from torch.testing import assert_close
+
+import fastattn as fa
+from fastattn import functional
+from fastattn.backends import reference, tiled, triton, triton_call
+
+
+def qkv(n_b=1, n_h=2, n_kv=2, n_q=47, n_k=113, head_dim=16, v_dim=16, dtype=torch.float32, strided=False):
+    return [x.detach().to(DEVICE) for x in cases.tensors(n_b, n_h, n_kv, n_q, n_k, head_dim, v_dim, dtype, strided)]
+
+
+def problem(q, k, v, mask=None, score=(), sinks=None, dropout=0.0, coords=None, seed=0):
+    torch.manual_seed(seed)
+    return functional.problem(q, k, v, mask, score, sinks, None, dropout, "triton", None, coords)
+
+
+def exact(p):
+    """(out, lse) in float64."""
+    wide = [x.double() for x in (p.q, p.k, p.v)]
+    scores = tuple(s.with_params(tuple(x.double() for x in s.params)) for s in p.scores)
+    sinks = None if p.sinks is None else p.sinks.double()
+    return reference.attention(
+        *wide, mask=p.mask, scores=scores, sinks=sinks, scale=p.scale, dropout_p=p.dropout_p, rng=p.rng, coords=p.coords
+    )
+
+
+def gradients(p, backend=triton, dlse=True, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    out, lse, out_lo = triton.forward(p, True)
+    do = torch.randn(out.shape, generator=g).to(out)
+    return backend.backward(p, do, torch.randn(lse.shape, generator=g).to(lse) if dlse else None, out, lse, out_lo)
+
+
+def assert_grads(ours, theirs, **bar):
+    for name, a, b in zip(("dq", "dk", "dv"), ours[:3], theirs[:3], strict=True):
+        assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}", **bar)
+    for a, b in zip(ours.params, theirs.params, strict=True):
+        assert_close(a, b, **bar)
+    if theirs.sinks is not None:
+        assert_close(ours.sinks, theirs.sinks, **bar)
+
+
+BAR = dict(atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_long_enough_for_every_kind_of_tile(mask):
+    """Lead-in, full run, tail and the jump between them, in the row pass and in the column pass."""
+    q, k, v = qkv(n_q=113, n_k=131, n_kv=1)
+    p = problem(q, k, v, MASKS[mask](1, 2, 113, 131))
+    out, lse, _ = triton.forward(p, False)
+    assert_close((out, lse), tuple(x.float() for x in exact(p)), **BAR)
+    assert_grads(gradients(p), gradients(p, tiled), **BAR)
+
+
+def test_a_dense_mask_is_read_once_for_the_keys_it_can_show():
+    visible = torch.ones(2, 1, 70, 90, dtype=torch.bool).tril(3) & (torch.rand(2, 1, 70, 90) < 0.5)
+    visible[:, :, 11] = False
+    start, stop = triton_call.hull(visible.to(DEVICE))
+    index = torch.arange(90)
+    inside = (index >= start.cpu()[..., None]) & (index < stop.cpu()[..., None])
+    assert not (visible[:, :, None] & ~inside).any()
+    tight = visible.any(-1)
+    assert torch.equal((stop.cpu() > start.cpu())[:, :, 0], tight)
+    assert torch.equal(start.cpu()[:, :, 0][tight], visible.int().argmax(-1)[tight].int())
+
+
+@pytest.mark.parametrize("k_at", [0, 3, "tensor"])
+def test_dropout_bits_are_those_of_the_cpu(k_at):
+    """A key's weight is dropped if and only if the CPU drops it: v is one-hot, so that out shows every weight."""
+    q, k, _ = qkv(n_b=2, n_q=33, n_k=16)
+    v = torch.eye(16, device=DEVICE).expand(2, 2, 16, 16)
+    k_coord = torch.arange(16, device=DEVICE).flip(0)[None].int() * 3 if k_at == "tensor" else k_at
+    p = problem(q, k, v, dropout=0.4, coords=fa.Coordinates(b=1, h=2, q=5, k=k_coord))
+    assert torch.equal(triton.forward(p, False)[0] == 0, exact(p)[0] == 0)
+    assert_grads(gradients(p), gradients(p, tiled), **BAR)
+
+
+def test_each_group_has_its_own_dropout_key():
+    q, k, v = qkv(n_b=4, n_k=16)
+    p = problem(q, k, v, dropout=0.4)
+    p = functional.Problem(**{**p.__dict__, "rng": torch.tensor([[1, 2], [3, 4]], device=DEVICE)})
+    assert_close(triton.forward(p, False)[0], exact(p)[0].float(), **BAR)
+
+
+COORDS = {
+    "offsets": lambda b, h, q, k: fa.Coordinates(b=3, h=1, q=7, k=2),
+    "rows": lambda b, h, q, k: fa.Coordinates(q=torch.arange(q)[None] * 2, k=torch.arange(k).flip(0)[None]),
+    "entries": lambda b, h, q, k: fa.Coordinates(
+        b=torch.arange(b * q).view(b, q) % 5, h=torch.arange(h).flip(0), q=torch.arange(b * q).view(b, q) % 40
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COORDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_coordinates(name, dropout):
+    q, k, v = qkv(n_b=2, n_kv=1, n_q=19, n_k=35)
+    given = COORDS[name](2, 2, 19, 35)
+    coords = fa.Coordinates(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in given.parts))
+    scores = (
+        fa.Bias(cases.leaf(60, 60, dtype=torch.float32).detach().to(DEVICE)),
+        fa.ALiBi(cases.leaf(2, dtype=torch.float32, positive=True).detach().to(DEVICE)),
+        fa.RelativeBias(cases.leaf(2, 30, dtype=torch.float32).detach().to(DEVICE)),
+    )
+    p = problem(q, k, v, MASKS["custom"](2, 2, 19, 35), scores, dropout=dropout, coords=coords)
+    assert_close(triton.forward(p, False)[0], exact(p)[0].float(), **BAR)
+    assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
+
+
+def test_any_strides():
+    """Storage (B, H, D, L): neighbours in a row are far apart. And an expanded batch, whose stride is 0."""
+    q, k, v = (x.mT.contiguous().mT for x in qkv(n_q=19, n_k=35, head_dim=20, v_dim=24))
+    assert q.stride(3) > 1
+    p = problem(q, k, v.expand(1, 2, 35, 24), fa.Causal("bottom_right"))
+    out, lse, _ = triton.forward(p, False)
+    assert_close((out, lse), tuple(x.float() for x in exact(p)), **BAR)
+    do = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).mT.contiguous().mT
+    saved = triton.forward(p, True)
+    assert_grads(triton.backward(p, do, None, *saved), tiled.backward(p, do, None, *saved), **BAR)
+    one = [x.expand(3, -1, -1, -1) for x in (q, k, v)]
+    assert torch.equal(triton.forward(problem(*one), False)[0][2:], triton.forward(problem(q, k, v), False)[0])
+
+
+def test_rows_that_see_nothing():
+    mask = fa.Spans(torch.zeros(47).int(), torch.where(torch.arange(47) % 3 == 0, 0, 60).int())
+    q, k, v = qkv()
+    for sinks in (None, torch.tensor([0.5, -torch.inf], device=DEVICE)):
+        p = problem(q, k, v, mask, sinks=sinks)
+        out, lse, _ = triton.forward(p, False)
+        assert (out[:, :, ::3] == 0).all()
+        assert (lse[:, 1, ::3] == -torch.inf).all()
+        assert (lse[:, 0, ::3] == (-torch.inf if sinks is None else 0.5)).all()
+        assert not any(x.isnan().any() for x in gradients(p)[:3])
+
+
+def test_a_bias_of_minus_infinity_hides():
+    bias = torch.zeros(47, 113, device=DEVICE).masked_fill(torch.rand(47, 113, device=DEVICE) < 0.3, -torch.inf)
+    bias[5], bias[:, :70] = -torch.inf, -torch.inf
+    q, k, v = qkv()
+    p, same = problem(q, k, v, score=fa.Bias(bias)), problem(q, k, v, fa.Dense(bias == 0))
+    assert_close(triton.forward(p, False)[0], triton.forward(same, False)[0], **BAR)
+    assert_grads(gradients(p)._replace(params=[]), gradients(same), **BAR)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_no_row_sees_may_hold_anything(bad):
+    masks = {
+        "lengths": fa.Lengths(torch.tensor([50])),
+        "left padding": fa.Padding(torch.arange(113)[None] >= 61, "left"),
+        "dense": fa.Dense((torch.arange(113) % 7 != 3)[None, :]),
+    }
+    for mask in masks.values():
+        q, k, v = qkv()
+        hidden = ~mask.to_dense(47, 113).any(2).view(-1)
+        clean = problem(q, k, v, mask)
+        k, v = k.clone(), v.clone()
+        k[:, :, hidden.to(DEVICE)] = v[:, :, hidden.to(DEVICE)] = bad
+        dirty = problem(q, k, v, mask)
+        assert torch.equal(triton.forward(clean, False)[0], triton.forward(dirty, False)[0])
+        for a, b in zip(gradients(clean)[:3], gradients(dirty)[:3], strict=True):  # the mean key may differ
+            assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_repeats_bit_for_bit_and_writes_everything(dtype, monkeypatch):
+    """Outputs start as NaN; what a first and a second run write is equal, gradients of parameters included."""
+
+    def poisoned(*args, real=torch.empty, **kwargs):
+        x = real(*args, **kwargs)
+        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(1 << 30)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    q, k, v = qkv(n_b=2, n_h=4, n_q=21, n_k=35, head_dim=19, v_dim=7, dtype=dtype, strided=True)
+    chain = cases.SCORES["chain"](2, 4, 21, 35, dtype)
+    chain = tuple(s.with_params(tuple(x.detach().to(DEVICE) for x in s.params)) for s in chain)
+    p = problem(q, k, v, MASKS["sinks_window"](2, 4, 21, 35), chain, torch.ones(4, device=DEVICE), 0.2)
+    runs = [[*triton.forward(p, True), *(g := gradients(p))[:3], *g.params, g.sinks] for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert not a.isnan().any()
+        assert torch.equal(a, b)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    q, k, v = qkv(n_b=3, dtype=torch.float16)
+    p = problem(q, k, v, fa.Causal("bottom_right"))
+    alone = problem(q[1:2], k[1:2], v[1:2], fa.Causal("bottom_right"))
+    assert torch.equal(triton.forward(p, False)[0][1:2], triton.forward(alone, False)[0])
+    for a, b in zip(triton.backward(p, q, None, *triton.forward(p, True))[:3],
+                    triton.backward(alone, q[1:2], None, *triton.forward(alone, True))[:3], strict=True):  # fmt: skip
+        assert torch.equal(a[1:2], b)
+
+
+def test_a_constant_v_comes_out_exact():
+    """out is divided by the sum of the rounded weights."""
+    q, k, _ = qkv(dtype=torch.bfloat16)
+    out, _, low = triton.forward(problem(q, k, torch.full_like(k, 3.0)), True)
+    assert_close(out.float() + low.float(), torch.full_like(out, 3.0).float(), atol=2e-6, rtol=0)
+
+
+def test_keys_with_a_mean():
+    """delta from both halves of out and the zero-sum correction: dq keeps its digits where keys and values have a mean."""
+    q, k, v = qkv(n_q=64, n_k=64, head_dim=32, v_dim=32)
+    q, k, v = (x.bfloat16() for x in (q, k + 3, v + 3))
+    p = problem(q, k, v, fa.Causal("top_left"))
+    g = torch.Generator().manual_seed(1)
+    do = torch.randn(v.shape, generator=g).to(q)
+    dq = triton.backward(p, do, None, *triton.forward(p, True)).q
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    out, _ = reference.attention(*wide, mask=p.mask, scale=p.scale)
+    (truth,) = torch.autograd.grad(out, wide[0], do.double())
+    assert errors(dq, truth)[1] < 2.5e-3
+    without_low = triton.backward(p, do, None, *triton.forward(p, True)[:2], q.new_empty(0)).q
+    assert errors(without_low, truth)[1] < 1e-2  # the correction alone; without either about 1e-1
+
+
+def test_dv_alone_and_dlse_alone():
+    q, k, v = qkv()
+    p = problem(q, k, v, sinks=torch.zeros(2, device=DEVICE))
+    out, lse, low = triton.forward(p, True)
+    dlse = torch.ones_like(lse)
+    assert_grads(triton.backward(p, None, dlse, out, lse, low), tiled.backward(p, None, dlse, out, lse, low), **BAR)
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(0, 5), (5, 0), (1, 1)])
+def test_no_rows_or_no_keys(n_q, n_k):
+    q, k, v = qkv(n_q=n_q, n_k=n_k)
+    scores = (fa.Bias(torch.zeros(2, n_q, n_k, device=DEVICE)), fa.RelativeBias(torch.zeros(3, device=DEVICE)))
+    p = problem(q, k, v, score=scores, sinks=torch.zeros(2, device=DEVICE))
+    out, lse, _ = triton.forward(p, False)
+    assert_close((out, lse), tuple(x.float() for x in exact(p)), **BAR)
+    assert_grads(gradients(p), gradients(p, tiled), **BAR)
+
+
+@pytest.mark.parametrize("head_dim", [96, 257])
+def test_wide_heads(head_dim):
+    q, k, v = qkv(n_q=33, n_k=21, head_dim=head_dim, v_dim=130, dtype=torch.bfloat16)
+    p = problem(q, k, v)
+    out, truth = triton.forward(p, False)[0], exact(p)[0]
+    assert_within(out, truth, [truth.to(out.dtype)], 2, "out")
+    assert_grads(gradients(p), gradients(p, tiled), atol=2e-2, rtol=2e-2)
+
+
+def test_through_the_front_with_autograd_and_second_order():
+    q, k, v = (x.requires_grad_() for x in qkv(n_q=9, n_k=11))
+    cap = fa.Softcap(3.0)
+
+    def grads(backend):
+        out = fa.attention(q, k, v, mask=MASKS["custom"](1, 2, 9, 11), score=cap, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        return out, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+
+    for a, b in zip(grads("triton"), grads("tiled"), strict=True):
+        assert_close(a, b, atol=1e-4, rtol=1e-4)
+    told = fa.explain(q, k, v, score=cap, backend="triton")
+    assert told.backend == "triton"
+    assert "tiles of" in told.kernel
+    assert "forward mode over forward mode" in str(told)
+
+
+def test_a_users_scores():
+    """Their Triton functions beside their operations; a parameter's gradient takes torch operations."""
+    q, k, v = qkv(n_q=19, n_k=35)
+    p = problem(q, k, v, fa.Causal("bottom_right"), (Square(0.1), Tilt(torch.tensor([0.02], device=DEVICE)), fa.Softcap(3.0)))
+    assert_close(triton.forward(p, False)[0], exact(p)[0].float(), **BAR)
+    assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
+    assert "device_gradient" in str(triton.falls_back(p))
+
+
+def test_one_graph_under_compile():
+    q, k, v = (x.requires_grad_() for x in qkv(n_q=5, n_k=9))
+    slopes = torch.rand(2, device=DEVICE, requires_grad=True)
+
+    def loss(q, k, v, slopes):
+        score = (fa.Softcap(3.0), fa.ALiBi(slopes))
+        return fa.attention(q, k, v, mask=fa.Causal("top_left"), score=score, backend="triton").sum()
+
+    inputs = (q, k, v, slopes)
+    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, b in zip(ours, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_vmap_over_samples():
+    q, k, v = (x[None].expand(3, *x.shape).clone() for x in qkv(n_q=5, n_k=9))
+    mapped = lambda backend: torch.vmap(lambda *x: fa.attention(*x, mask=fa.Causal("top_left"), backend=backend))(q, k, v)
+    assert_close(mapped("triton"), mapped("tiled"), **BAR)
+
+
+def test_stripes_is_the_mask_it_claims_to_be():
+    assert fa.Custom(cases.everything_but_diagonal_stripes, stripes).lower(3, 3).predicates[0].triton_fn is stripes

@@ -1,0 +1,232 @@
+"""The Triton backend as seen from outside, its launch tables, and its suites, each in an interpreting process of its own."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn as fa
+from fastattn import cli, dispatch, functional
+from fastattn.backends.triton_call import PAD
+from fastattn.devtools import offline
+from fastattn.kernels import launch, shim
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SUITES = sorted(path.stem for path in (HERE / "interpreted").glob("*.py"))
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_compiler = pytest.mark.skipif(not shim.PRESENT or shim.INTERPRETED, reason="needs triton and its compiler")
+
+
+def python(*arguments, **environment):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_in_the_interpreter(suite):
+    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/interpreted/{suite}.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+
+
+def call(**changes):
+    arguments = dict(dtype=torch.float32, head_dim=8, mask=None, score=(), name=None, device="cpu")
+    arguments.update(changes)
+    q = torch.zeros(1, 2, 4, arguments["head_dim"], dtype=arguments["dtype"])
+    p = functional.problem(q, q, q, arguments["mask"], arguments["score"], None, None, 0.0, "tiled", None, None)
+    return dataclasses.replace(p, backend="triton")
+
+
+class Plain(fa.Pointwise):
+    """Has no Triton functions."""
+
+    def value(self, s):
+        return s
+
+
+class Doubled(fa.Softcap):
+    """Changes the operations and inherits Triton functions that do not."""
+
+    def value(self, s):
+        return super().value(s) * 2
+
+
+def visible(b, h, q_idx, k_idx):
+    return q_idx >= k_idx
+
+
+def test_by_name_on_the_cpu_lists_every_reason():
+    q = torch.zeros(1, 2, 4, 600, dtype=torch.float64)
+    with pytest.raises(ValueError, match="cannot run this call") as error:
+        fa.attention(q, q, q, mask=fa.Custom(visible), score=(Plain(), Doubled(2.0)), backend="triton")
+    for reason in ("TRITON_INTERPRET=1", "not float64", "1 to 512, not 600", "Plain", "Doubled", "has no triton_fn"):
+        assert reason in str(error.value)
+
+
+def test_the_tiled_backend_stays_the_default_on_the_cpu():
+    q = torch.zeros(1, 2, 4, 8)
+    assert fa.explain(q, q, q).backend == "tiled"
+
+
+def test_what_the_kernels_refuse_goes_to_the_tiled_backend():
+    """`settled` for a call that `choose` gave to Triton, as on cuda."""
+    assert dispatch.choose(None, torch.device("cuda")) == "triton"
+    if shim.PRESENT:
+        assert dispatch.settled(call(dtype=torch.float64), None).backend == "tiled"
+        with pytest.raises(ValueError, match="not float64"):
+            dispatch.settled(call(dtype=torch.float64), "triton")
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    with pytest.raises(ImportError, match=r'pip install "fastattn\[triton\]".*backend="tiled"'):
+        dispatch.settled(call(), None)
+
+
+def test_kernels_import_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastattn as fa\n"
+        "from fastattn.backends import triton\n"
+        "from fastattn.kernels import backward, chain, dropout, forward, grads, launch, masks, scores, shim, tiles\n"
+        "assert not shim.PRESENT\n"
+        "q = torch.zeros(1, 1, 2, 8)\n"
+        "try: fa.attention(q, q, q, backend='triton')\n"
+        "except ValueError as error: assert 'triton is not installed' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_cpu_does_not_import_the_kernels():
+    code = (
+        "import sys, torch, fastattn as fa\n"
+        "x = torch.ones(1, 1, 2, 4)\n"
+        "fa.attention(x, x, x, score=fa.Softcap(2.0))\n"
+        "assert 'fastattn.backends.triton' not in sys.modules\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+# Launch tables
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "interpreter"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_head_dim_has_a_launch(arch, itemsize):
+    for kernel in launch.KERNELS:
+        for dim in (1, 8, 40, 64, 80, 96, 128, 192, 256):
+            for load in ("", "chain", "heavy"):
+                found = launch.launch(kernel, dim, dim // 2 + 1, itemsize, arch, load)
+                assert found.block_q >= 16
+                assert found.block_k >= 16
+                assert all(n & (n - 1) == 0 for n in found[:3])
+                assert found.block_q <= PAD
+
+
+def test_launch_is_by_the_larger_head_dim_and_small_for_few_rows():
+    wide = launch.launch("forward", 64, 256, 2, "sm_90")
+    assert wide == launch.launch("forward", 256, 64, 2, "sm_90") != launch.launch("forward", 64, 64, 2, "sm_90")
+    assert launch.launch("forward", 64, 64, 2, "sm_90", n_q=1).block_q == 16
+    assert launch.launch("forward", 64, 64, 2, "sm_90", n_q=17) == launch.launch("forward", 64, 64, 2, "sm_90")
+
+
+def test_an_architecture_takes_the_nearest_older_table():
+    assert launch.table_of("sm_90") == "sm_90"
+    assert launch.table_of("sm_89") == "sm_86"
+    assert launch.table_of("sm_103") == "sm_90"
+    with pytest.raises(ValueError, match="no launch table for 'sm_70'"):
+        launch.table_of("sm_70")
+
+
+def test_what_does_not_fit_has_no_launch():
+    with pytest.raises(ValueError, match="the forward kernel does not fit sm_90 at a head_dim of 513 in 16 bits"):
+        launch.launch("forward", 513, 8, 2, "sm_90")
+
+
+# The real compiler, which needs no GPU
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "options"),
+    [
+        ("sm_90", 128, {}),
+        ("sm_90", 64, {"chain": True}),
+        ("sm_80", 128, {"chain": True}),
+        ("sm_80", 64, {"mask": fa.Chunked(64, "top_left")}),
+    ],
+)
+def test_defaults_compile_without_spilling_in_loops(arch, head_dim, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = set()
+    for recorded in offline.recorded(offline.example(head_dim, torch.bfloat16, **options), arch):
+        found = offline.report(recorded, arch)
+        names.add(found.kernel)
+        assert found.loop_spills == 0, str(found)
+        assert found.shared <= offline.SHARED[arch] * 1024, str(found)
+        assert found.products > 0 or found.kernel in ("row_delta", "span_bounds")
+    assert names >= {"forward", "row_delta", "backward_dq", "backward_dkdv"}
+
+
+@needs_compiler
+def test_everything_else_compiles(tmp_path, monkeypatch):
+    """Tangents, gradients of parameters, dropout, a dense mask and a custom one, float32, sinks and coordinates."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import device_cases
+
+    mask = fa.Dense(torch.ones(64, 64, dtype=torch.bool)) & device_cases.MASKS["custom"](1, 4, 64, 64)
+    p = offline.example(40, torch.float32, chain=True, mask=mask, dropout=0.1, n=64, params=True)
+    p = dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
+    for recorded in offline.recorded(p, "sm_80", 2):
+        offline.compiled(recorded, "sm_80")
+
+
+@needs_compiler
+def test_ones_compile(tmp_path, monkeypatch):
+    """The compiler takes an argument of 1 for a constant: every size, stride and offset that can be 1 is 1 here."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    q = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
+    scores = (fa.Bias(torch.zeros(1, 1, 1, 1)), fa.RelativeBias(torch.zeros(1), offset=1), fa.ALiBi(torch.zeros(1)))
+    coords = fa.Coordinates(b=1, h=1, q=1, k=1)
+    mask = fa.Dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    p = functional.problem(q, q, q, mask, scores, torch.zeros(1), None, 1e-9, "tiled", None, coords)
+    p = dataclasses.replace(p, dropout_p=1.5 / 2**32)  # a threshold of 1
+    for recorded in offline.recorded(p, "sm_80", 2):
+        offline.compiled(recorded, "sm_80")
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", [fa.Full(), fa.Causal("top_left"), fa.SlidingWindow(9, 0, "top_left"), fa.Chunked(9)])
+def test_twenty_lengths_are_two_variants(mask):
+    variants = {}
+    for n in (1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 256, 1000):
+        for recorded in offline.recorded(offline.example(64, torch.bfloat16, mask=mask, n=n), "sm_90"):
+            name, key = offline.variant(recorded, "sm_90")
+            variants.setdefault(name, set()).add(key)
+    assert max(map(len, variants.values())) <= 2, {name: len(keys) for name, keys in variants.items()}
+
+
+def test_the_compile_command(monkeypatch, capsys):
+    found = offline.Report("forward", 8, 3, 255, 16, 0, 100 * 1024, 24)
+    rows = [offline.Row("d 64 causal", found, "", 227 * 1024), offline.Row("d 64 dense", found, "", 99 * 1024)]
+    monkeypatch.setattr(offline, "survey", lambda arch, dims, dtype, everything: rows[: 2 if everything else 1])
+    assert cli.main(["compile", "--arch", "sm_90"]) == 0
+    assert "255 registers" in capsys.readouterr().out
+    assert cli.main(["compile", "--arch", "sm_90", "--all"]) == 1
+    assert "TOO MUCH SHARED MEMORY" in capsys.readouterr().out
+
+
+def test_spills_are_counted_in_the_loop_that_multiplies():
+    lines = ["LDL R1", "HMMA R0", "STL R2", "BRA 0x10", "LDL R3", "BRA 0x40"]
+    code = [(16 * i, text) for i, text in enumerate(lines)]
+    assert offline.loop_spills(code) == 1
