@@ -28,6 +28,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 BIAS = 1 << 22  # elements of an additive term that are made at once
 VECTOR = 32  # keys below which the kernel takes a NaN row for a hidden one, unless it is given a mask
 LONG = 1024  # keys from which large blocks beat a close fit
+WIDE = 1 << 17  # elements of half precision that are widened at once, where one region is all
 CALL = 1 << 17  # score elements below which a call is not worth cutting further
 
 
@@ -130,18 +131,31 @@ def _covers_all(region: Region | None, p: Problem) -> TypeGuard[Region]:
     )
 
 
+def _blocks(p: Problem, region: Region) -> Iterator[Region]:
+    """A region of all heads a few at a time, no fewer than there are threads: what is widened for them stays in the cache."""
+    group = p.n_h // p.n_kv
+    size = group * p.n_q * (p.q.shape[3] + p.v_dim) + p.n_k * (p.q.shape[3] + p.v_dim)  # elements of a key head
+    n = max(1, -(-torch.get_num_threads() // group), WIDE // size)
+    for b in range(0, p.n_b, max(1, n // p.n_kv)):
+        for h in range(0, p.n_kv, n):
+            heads = slice(h * group, min(h + n, p.n_kv) * group)
+            yield region.of(slice(b, min(b + max(1, n // p.n_kv), p.n_b)), heads)
+
+
 def _region_forward(p: Problem, region: Region, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a region's own q, k and v."""
     mask = _float_mask(p, region)
-    out, lse = _forward(
-        q_part(q, region), k_part(p, k, region), k_part(p, v, region), 0.0, region.hiding == CAUSAL,
-        attn_mask=mask, scale=p.scale,
-    )  # fmt: skip
+    out, lse = _forward(q, k, v, 0.0, region.hiding == CAUSAL, attn_mask=mask, scale=p.scale)
     # the kernel says 0 for the lse of a row that sees nothing
     if mask is not None and (p.scores or isinstance(region.hiding, Tensor)):
         zero = lse == 0
         if bool(zero.any()):
             lse = lse.masked_fill(zero & (mask == -torch.inf).all(-1), -torch.inf)
-    return out, lse
+    if p.sinks is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, q_part(p.sinks.to(lse.dtype)[:, :, None], region))
+    share = torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0.0)
+    return out.mul_(share[..., None]), with_sink
 
 
 def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,58 +163,85 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     wide = p.q.dtype in LOW and (train or p.sinks is not None)
     dtype = torch.float32 if wide else p.q.dtype
     dim = max(p.q.shape[3], p.v_dim)
-    q, k, v = (_operand(x, dtype, dim) for x in (p.q, p.k, p.v))
     shape = (p.n_b, p.n_h, p.n_q, p.v_dim)
+    nothing = p.q.new_empty(0)
     parts = _chunks(p)
     first = next(parts, None)
-    if _covers_all(first, p):
-        o, row_lse = _region_forward(p, first, q, k, v)
-        lse = row_lse.contiguous()
-        out = o if has_layout(o, p.q, shape) else empty_like_layout(p.q, shape, dtype).copy_(o[..., : p.v_dim])
-    else:
-        out = empty_like_layout(p.q, shape, dtype).zero_()
-        lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype)
-        for region in _chain(first, parts):
-            o, row_lse = _region_forward(p, region, q, k, v)
-            q_part(out, region).copy_(o[..., : p.v_dim])
-            q_part(lse, region).copy_(row_lse)
-    if p.sinks is not None:
-        with_sink = torch.logaddexp(lse, p.sinks.to(lse.dtype)[:, :, None])
-        out = out.mul_(torch.exp(lse - with_sink).masked_fill_(lse == -torch.inf, 0.0)[..., None])
-        lse = with_sink
-    if wide:
-        return blocked.split_out(p, out, lse, train)
-    return out, lse, p.q.new_empty(0)
+    whole = first if _covers_all(first, p) else None
+    if whole is not None and not wide:
+        o, lse = _region_forward(p, whole, *(_operand(x, dtype, dim) for x in (p.q, p.k, p.v)))
+        out = o if has_layout(o, p.q, shape) else empty_like_layout(p.q, shape).copy_(o[..., : p.v_dim])
+        return out, lse.contiguous(), nothing
+    out = empty_like_layout(p.q, shape)
+    out_lo = empty_like_layout(p.q, shape) if wide and train else nothing
+    lse = torch.empty(shape[:3], dtype=p.acc_dtype)
+    if whole is not None:
+        q, k, v = p.q, p.k, p.v
+        parts = _blocks(p, whole)
+    else:  # rows that see nothing are in no region
+        out.zero_()
+        out_lo.zero_()
+        lse.copy_(p.sinks[:, :, None]) if p.sinks is not None else lse.fill_(-torch.inf)
+        q, k, v = (_operand(x, dtype, dim) for x in (p.q, p.k, p.v))
+        parts = _chain(first, parts)
+    for region in parts:
+        own = (q_part(q, region), k_part(p, k, region), k_part(p, v, region))
+        o, row_lse = _region_forward(p, region, *(_operand(x, dtype, dim) for x in own))
+        o, high = o[..., : p.v_dim], q_part(out, region)
+        high.copy_(o)
+        if out_lo.numel():
+            q_part(out_lo, region).copy_(o.sub_(high))
+        q_part(lse, region).copy_(row_lse)
+    return out, lse, out_lo
 
 
 def backward(p: Problem, do: Tensor, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
     """Gradients of q, k, v and the sinks."""
-    acc = p.acc_dtype
-    dim = max(p.q.shape[3], p.v_dim)
-    q, k, v, do_wide, o = (_operand(x, acc, dim) for x in (p.q, p.k, p.v, do, exact_out(out, out_lo, acc)))
     row_lse = lse.masked_fill(lse == -torch.inf, 0.0)
     parts = _chunks(p)
     first = next(parts, None)
-    if _covers_all(first, p):
-        dq, dk, dv = _region_backward(p, first, q, k, v, do_wide, o, row_lse)
+    if not _covers_all(first, p):
+        dq, dk, dv = _backward_in_parts(p, _chain(first, parts), do, out, out_lo, row_lse)
+    elif p.q.dtype not in LOW:
+        dq, dk, dv = _region_backward(p, first, p.q, p.k, p.v, do, exact_out(out, out_lo, p.acc_dtype), row_lse)
     else:
-        dq, dk, dv = (empty_rows(x, (*x.shape[:3], dim), acc).zero_() for x in (p.q, p.k, p.v))
-        for region in _chain(first, parts):
-            dq_part, dk_part, dv_part = _region_backward(p, region, q, k, v, do_wide, o, row_lse)
-            q_part(dq, region).copy_(dq_part)
-            add_keys(p, dk, region, dk_part)
-            add_keys(p, dv, region, dv_part)
+        dq, dk, dv = (empty_rows(x, tuple(x.shape)) for x in (p.q, p.k, p.v))
+        for region in _blocks(p, first):
+            q, do_part, high, low, rows = (
+                q_part(x, region) if x.numel() else x for x in (p.q, do, out, out_lo, row_lse)
+            )
+            k, v = k_part(p, p.k, region), k_part(p, p.v, region)
+            found = _region_backward(p, region, q, k, v, do_part, exact_out(high, low, p.acc_dtype), rows)
+            for total, part in zip((q_part(dq, region), k_part(p, dk, region), k_part(p, dv, region)), found):
+                total.copy_(part[..., : total.shape[3]])
     dsinks = None
     if p.sinks is not None:
         dsinks = blocked.sink_gradient(p, lse, blocked.row_delta(p, do, None, out, out_lo, lse))
     return Grads(_finish(dq, p.q), _finish(dk, p.k), _finish(dv, p.v), [], dsinks)
 
 
+def _backward_in_parts(p: Problem, parts: Iterator[Region], do: Tensor, out: Tensor, out_lo: Tensor, lse: Tensor):
+    """(dq, dk, dv) summed over regions, in the accumulation dtype and of one head_dim."""
+    acc, dim = p.acc_dtype, max(p.q.shape[3], p.v_dim)
+    q, k, v, do, o = (_operand(x, acc, dim) for x in (p.q, p.k, p.v, do, exact_out(out, out_lo, acc)))
+    dq, dk, dv = (empty_rows(x, (*x.shape[:3], dim), acc).zero_() for x in (p.q, p.k, p.v))
+    for region in parts:
+        rows = (q_part(x, region) for x in (do, o, lse))
+        dq_part, dk_part, dv_part = _region_backward(
+            p, region, q_part(q, region), k_part(p, k, region), k_part(p, v, region), *rows
+        )
+        q_part(dq, region).copy_(dq_part)
+        add_keys(p, dk, region, dk_part)
+        add_keys(p, dv, region, dv_part)
+    return dq, dk, dv
+
+
 def _region_backward(p: Problem, region: Region, q, k, v, do, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of a region's own tensors, of one head_dim."""
+    dim = max(p.q.shape[3], p.v_dim)
+    q, k, v, do, out = (_operand(x, p.acc_dtype, dim) for x in (q, k, v, do, out))
     return _backward(
-        q_part(do, region), q_part(q, region), k_part(p, k, region), k_part(p, v, region),
-        q_part(out, region), q_part(lse, region), 0.0, region.hiding == CAUSAL,
-        attn_mask=_float_mask(p, region), scale=p.scale,
+        do, q, k, v, out, lse, 0.0, region.hiding == CAUSAL, attn_mask=_float_mask(p, region), scale=p.scale,
     )  # fmt: skip
 
 

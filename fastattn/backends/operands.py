@@ -61,8 +61,7 @@ def dot_columns(w: Tensor, x: Tensor, n_kv: int) -> Tensor:
 
 def exact_out(out: Tensor, out_lo: Tensor, dtype: torch.dtype) -> Tensor:
     """O in the accumulation dtype, from its high and low halves where there are two."""
-    wide = out.to(dtype)
-    return wide + out_lo.to(dtype) if out_lo.numel() else wide
+    return out.to(dtype).add_(out_lo) if out_lo.numel() else out.to(dtype)
 
 
 def row_dot(x: Tensor | None, y: Tensor | None, like: Tensor) -> Tensor:

@@ -66,6 +66,14 @@ class Region:
         """Pairs of batch entry and head."""
         return (self.b.stop - self.b.start) * (self.h.stop - self.h.start)
 
+    def of(self, b: slice, h: slice) -> Region:
+        """The region for these of its batch entries and heads, counted from its first."""
+        hiding = self.hiding
+        if isinstance(hiding, Tensor):
+            hiding = select(select(hiding, 0, b), 1, h)
+        b, h = (slice(x.start + own.start, x.stop + own.start) for x, own in ((b, self.b), (h, self.h)))
+        return replace(self, b=b, h=h, hiding=hiding)
+
     def visible(self, rows: slice, keys: slice) -> Tensor | None:
         """The visible pairs of a part, given relative to the region; None where nothing is hidden."""
         if self.hiding is None:
