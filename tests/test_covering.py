@@ -62,7 +62,7 @@ def test_covering_array_covers():
 
 def check(
     mask, score, sinks, heads, dropout, dtype, n_q, n_k, head_dim, v_dim, strided, n_b=2, backend=None, masks=MASKS,
-    lse=(False, True),
+    lse=(False, True), device="cpu",
 ):  # fmt: skip
     n_h, n_kv = heads
     q, k, v = tensors(n_b, n_h, n_kv, n_q, n_k, head_dim, v_dim, dtype, strided)
@@ -71,9 +71,10 @@ def check(
     sink = leaf(n_h, dtype=dtype) if sinks else None
     params = [x for item in chain for x in item.params]
     inputs = [q, k, v, *params, *([sink] if sinks else [])]
+    inputs = inputs if device == "cpu" else [x.detach().to(device).requires_grad_() for x in inputs]
     g = torch.Generator().manual_seed(1)
-    do = torch.randn(n_b, n_h, n_q, v_dim, generator=g, dtype=torch.float64)
-    dlse = torch.randn(n_b, n_h, n_q, generator=g, dtype=torch.float64)
+    do = torch.randn(n_b, n_h, n_q, v_dim, generator=g, dtype=torch.float64).to(device)
+    dlse = torch.randn(n_b, n_h, n_q, generator=g, dtype=torch.float64).to(device)
 
     def run(backend, dtype, with_lse):
         own = [x.detach().to(dtype).requires_grad_() for x in inputs] if backend == "reference" else inputs

@@ -28,12 +28,25 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
 
 
+def run_suite(name, **environment):
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/interpreted/{name}.py")
+    done = python(*arguments, **environment)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+
+
 @needs_triton
 @pytest.mark.parametrize("suite", SUITES)
 def test_suite_in_the_interpreter(suite):
-    done = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/interpreted/{suite}.py", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    run_suite(suite, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_on_the_gpu(suite):
+    run_suite(suite, TRITON_INTERPRET="0")
 
 
 def call(**changes):

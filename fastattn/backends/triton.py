@@ -80,7 +80,7 @@ def falls_back(p: Problem) -> list[tuple[str, str]]:
 def _params_by_torch(p: Problem) -> str | None:
     """Why the kernels do not sum the gradients of the scores' parameters, or None."""
     for score in p.scores:
-        if score.params and score.device_gradient() is None:
+        if len(score.params) > 1 or (score.params and score.device_gradient() is None):
             return f"score {score.name} does not say how kernels sum its gradient (device_gradient)"
     if misfit := triton_call.misfit(*facts(p)[:4], ("grads",)):
         return misfit

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from device_cases import MASKS
+from device_cases import DEVICE, MASKS
 from test_covering import FACTORS, check, describe, pairwise
 
 ROWS = pairwise(
@@ -22,4 +22,5 @@ def test_pairwise(i):
     n_q, keys, v_dim = row["n_q"], row.pop("keys"), row.pop("v_dim")
     n_k = {"equal": n_q, "fewer": max(1, n_q - n_q // 3), "more": n_q + 2 + n_q // 4}[keys]
     v_dim = row["head_dim"] if v_dim == "equal" else row["head_dim"] // 2 + 3
-    check(**row, n_k=n_k, v_dim=v_dim, n_b=2 if n_q < 10 else 1, backend="triton", masks=MASKS, lse=(i % 2 == 0,))
+    n_b = 2 if n_q < 10 else 1
+    check(**row, n_k=n_k, v_dim=v_dim, n_b=n_b, backend="triton", masks=MASKS, lse=(i % 2 == 0,), device=DEVICE)
