@@ -175,7 +175,7 @@ def test_repeats_bit_for_bit_and_writes_everything(dtype, monkeypatch):
 
     def poisoned(*args, real=torch.empty, **kwargs):
         x = real(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(1 << 30)
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     q, k, v = qkv(n_b=2, n_h=4, n_q=21, n_k=35, head_dim=19, v_dim=7, dtype=dtype, strided=True)
