@@ -1,9 +1,10 @@
-"""The command line: info, explain, bench and compile.
+"""The command line: info, explain, bench, compile and tune.
 
 python -m fastattn info
 python -m fastattn explain --q 1,32,1024,128 --k 1,8,1024,128 --dtype bfloat16 --mask "Causal()"
 python -m fastattn bench
 python -m fastattn compile --arch sm_90
+python -m fastattn tune --minutes 9
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from . import environment, functional, masks, scores
 from .bench import SUITES
+from .kernels.launch import KERNELS
 
 DTYPES = {str(t)[6:]: t for t in functional.DTYPES}
 
@@ -119,6 +121,33 @@ def compile_kernels(options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
+def tune(options: argparse.Namespace) -> int:
+    """Measure launch configurations on the card at hand and write its table."""
+    from .backends import triton_call
+    from .devtools import tune as tuning
+    from .kernels import shim
+    from .kernels.launch import TABLES
+
+    if not shim.PRESENT or not (torch.cuda.is_available() or shim.INTERPRETED):
+        raise ValueError("tuning needs triton and a GPU")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = TABLES if options.out is None else options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    arch = triton_call.architecture(torch.device(device))
+    dtypes = [DTYPES[name] for name in options.dtype or ["bfloat16", "float32"]]
+    found = tuning.tune(
+        options.head_dim or [64, 128, 256], dtypes, minutes=options.minutes, n=options.length, device=device,
+        only=tuple(options.only),
+    )  # fmt: skip
+    try:
+        for row in found:
+            print(row, flush=True)
+    except KeyboardInterrupt:
+        print("stopped; what was found is kept")
+    print(f"written: {tuning.write(folder, arch)}")
+    return 0
+
+
 def written(text: str, kind: type, module: Any, argument: str) -> Any:
     """A mask or score from the text of its construction, such as "Causal() & SlidingWindow(255, 0)".
 
@@ -178,7 +207,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _threads(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
@@ -227,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
     one.add_argument("--list", action="store_true", help="list the workloads and stop")
     one.add_argument("--no-compile", action="store_true", help="leave out peers that compile first (FlexAttention)")
-    one.add_argument("--threads", type=_threads, default=1, help="torch's CPU threads (default 1)")
+    one.add_argument("--threads", type=_count, default=1, help="torch's CPU threads (default 1)")
     one.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     one.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for JSON, tables and picture")
     one.add_argument("--into", type=_page, metavar="PAGE", help="also put the tables between the marks of a Markdown page")
@@ -239,4 +268,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
     one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well")
     one.set_defaults(run=compile_kernels)
+
+    one = commands.add_parser("tune", help="measure the kernels' launch configurations on this GPU and write its table")
+    one.add_argument("--head-dim", action="append", type=int, metavar="D", help="may be repeated (default 64 128 256)")
+    one.add_argument("--dtype", action="append", choices=["float16", "bfloat16", "float32"], help="default bfloat16 float32")
+    one.add_argument("--only", action="append", default=[], metavar="KERNEL", choices=KERNELS, help=", ".join(KERNELS))
+    one.add_argument("--length", type=_count, default=4096, metavar="L", help="rows and keys of the timed calls (default 4096)")
+    one.add_argument("--minutes", type=_minutes, default=9.0, help="no entry begins later (default 9)")
+    one.add_argument("--out", type=Path, help="folder of the table (default: where the package reads it)")
+    one.set_defaults(run=tune)
     return parser

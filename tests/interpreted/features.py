@@ -1,5 +1,8 @@
 """Single promises of the kernels: dropout's bits, coordinates, memory, repeatability, exactness."""
 
+import json
+import time
+
 import cases
 import pytest
 import torch
@@ -8,8 +11,10 @@ from device_cases import DEVICE, MASKS, Square, Tilt, stripes
 from torch.testing import assert_close
 
 import fastattn as fa
-from fastattn import functional
+from fastattn import cli, functional
 from fastattn.backends import reference, tiled, triton, triton_call
+from fastattn.devtools import tune
+from fastattn.kernels import launch
 
 
 def qkv(n_b=1, n_h=2, n_kv=2, n_q=47, n_k=113, head_dim=16, v_dim=16, dtype=torch.float32, strided=False):
@@ -296,3 +301,36 @@ def test_vmap_over_samples():
 
 def test_stripes_is_the_mask_it_claims_to_be():
     assert fa.Custom(cases.everything_but_diagonal_stripes, stripes).lower(3, 3).predicates[0].triton_fn is stripes
+
+
+def test_tuning_finds_writes_and_changes_nothing_else(tmp_path, capsys):
+    before = json.dumps(launch.tables())
+    try:
+        arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "0.3"]
+        assert cli.main(["tune", *arguments, "--out", str(tmp_path)]) == 0
+        assert "dq" in capsys.readouterr().out
+        written = json.loads((tmp_path / "interpreter.json").read_text())
+        assert written == launch.tables()["interpreter"]
+        old, new = json.loads(before)["interpreter"], dict(written)
+        tuned = new.pop("dq")["32"].pop("16")
+        assert len(tuned) == 4
+        assert {name: new[name] for name in old if name != "dq"} == {name: old[name] for name in old if name != "dq"}
+    finally:
+        launch.tables.cache_clear()
+        launch.launch.cache_clear()
+
+
+def test_tuning_takes_what_is_faster_and_right(monkeypatch):
+    """By a clock of its own: half the query tile is said to be twice as fast."""
+    entry = tune.Entry("forward", "", 32, 16)
+    p = tune._problem(entry, 40, DEVICE)
+    start = triton_call.config(p, "forward")
+    monkeypatch.setattr(tune, "_time", lambda entry, p: float(triton_call.config(p, "forward").block_q))
+    try:
+        found = tune._tune(entry, p, time.monotonic() + 60)
+        assert found.before == start
+        assert found.after.block_q == 16
+        assert triton_call.config(p, "forward") == found.after
+    finally:
+        launch.tables.cache_clear()
+        launch.launch.cache_clear()
