@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import environment
-from . import SUITES, features, memory, models, plot, table, targets, timing, training
+from . import SUITES, features, memory, models, numerics, plot, table, targets, timing, training
 from .progress import Progress
 
 DEFAULT = ("models", "training")
@@ -50,6 +50,7 @@ class Results:
     training: training.Training | None = None
     targets: list[targets.Row] = field(default_factory=list)
     features: list[features.Row] = field(default_factory=list)
+    numerics: list[numerics.Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class Results:
             "training": None if self.training is None else self.training.json(),
             "targets": [row.json() for row in self.targets],
             "memory": [row.json() for row in self.features],
+            "numerics": [row.json() for row in self.numerics],
             "notes": self.notes,
         }
 
@@ -75,6 +77,8 @@ class Results:
             found["targets"] = table.targets(self.targets)
         if self.features:
             found["memory"] = table.features(self.features)
+        if self.numerics:
+            found["numerics"] = table.numerics(self.numerics)
         return found
 
 
@@ -106,6 +110,8 @@ def run(options: Options) -> Results:
             _targets(options, results)
         if "memory" in options.suites:
             _features(options, results)
+        if "numerics" in options.suites:
+            _numerics(options, results)
     except KeyboardInterrupt:
         results.notes.append("interrupted: what was measured until then")
     return results
@@ -170,6 +176,13 @@ def _features(options: Options, results: Results) -> None:
         except RuntimeError as reason:
             results.notes.append(f"memory left out: {reason}")
         bar.advance("")
+
+
+def _numerics(options: Options, results: Results) -> None:
+    with Progress("numerics", len(numerics.DATA) * len(numerics.candidates(options.device))) as bar:
+        for row in numerics.run(options.device, 128 if options.quick else numerics.LENGTH):
+            results.numerics.append(row)
+            bar.advance(row.who)
 
 
 def _when(options: Options) -> dict[str, Any]:

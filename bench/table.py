@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .features import WHO
 from .features import Row as FeatureRow
 from .models import Row
+from .numerics import Row as NumericsRow
 from .peers import OURS, PEERS
 from .targets import Row as TargetRow
 from .timing import Times
@@ -91,6 +92,15 @@ def features(rows: Sequence[FeatureRow]) -> str:
         factor = f"{torchs / ours:.1f}x" if ours and torchs else "-"
         lines.append([row.feature, megabytes(ours), megabytes(torchs), factor])
     return markdown(head, lines)
+
+
+def numerics(rows: Sequence[NumericsRow]) -> str:
+    """Every implementation's errors, by the data."""
+    lines, last = [], ""
+    for row in rows:
+        lines.append(["" if row.data == last else row.data, row.who, *(f"{e:.1e}" for e in row.errors.values())])
+        last = row.data
+    return markdown(["bf16, causal", "", *rows[0].errors], lines)
 
 
 def training(t: Training) -> str:

@@ -18,7 +18,7 @@ if not (_Path(__file__).parent / "kernels").exists():
 
 from . import batching as _batching  # noqa: F401  (registers the vmap rules)
 from .coords import Coordinates
-from .functional import Explanation, attention, explain, merge, varlen_attention
+from .functional import Explanation, attention, explain, merge, varlen_attention, warmup
 from .masks import (
     Causal,
     Chunked,
@@ -72,4 +72,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "t5_bucket",
     "varlen_attention",
+    "warmup",
 ]

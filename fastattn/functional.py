@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -435,6 +436,53 @@ def explain(
     parts += ["sinks"] if p.sinks is not None else []
     parts += [f"dropout {p.dropout_p}"] if p.dropout_p else []
     return Explanation(plan.backend, plan.kernel, plan.reasons, "; ".join(parts))
+
+
+def warmup(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    gradients: bool = True,
+    mask: MaskLike = None,
+    score: ScoreLike = (),
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+    deterministic: bool | None = None,
+    coords: Coordinates | None = None,
+) -> float:
+    """Compile the kernels that `attention` runs for such arguments, so that no later call waits for a compiler.
+
+    Runs the call once and forgets the result; neither the tensors' gradients nor torch's generator change. Kernels are
+    compiled for all lengths beyond 16 rows at once, and for all batch sizes and numbers of heads.
+
+    Args:
+        gradients: the backward as well.
+        others: as in `attention`.
+
+    Returns:
+        The seconds that it took.
+
+    Raises:
+        TypeError, ValueError: as in `attention`.
+    """
+    start = time.perf_counter()
+    check_qkv(q, k, v)
+    x = [y.detach().requires_grad_(gradients) for y in (q, k, v)]
+    with torch.random.fork_rng([q.device] if q.is_cuda else []), torch.set_grad_enabled(gradients):
+        out = attention(
+            *x, mask=mask, score=score, sinks=sinks, scale=scale, dropout_p=dropout_p, backend=backend,
+            deterministic=deterministic, coords=coords,
+        )  # fmt: skip
+        if gradients:
+            chain = (score,) if isinstance(score, Score) else score
+            params = [y for item in chain for y in item.params] + ([] if sinks is None else [sinks])
+            torch.autograd.grad(out.sum(), x + [y for y in params if y.requires_grad])
+    if q.is_cuda:
+        torch.cuda.synchronize(q.device)
+    return time.perf_counter() - start
 
 
 def _describe(mask: LoweredMask) -> str:

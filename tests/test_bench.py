@@ -6,7 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastattn.bench import SUITES, accuracy, memory, models, report, suite, table, targets, timing, training, workloads
+from fastattn.bench import (
+    SUITES,
+    accuracy,
+    memory,
+    models,
+    numerics,
+    report,
+    suite,
+    table,
+    targets,
+    timing,
+    training,
+    workloads,
+)
 from fastattn.bench.peers import OURS, PEERS, PLAIN, Peer
 
 linux = pytest.mark.skipif(not memory.measurable("cpu"), reason="peak memory is known on Linux only")
@@ -280,3 +293,12 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch):
     results = suite.run(suite.Options(suites=("models",), quick=True))
     assert len(results.models) == 1
     assert "interrupted" in results.notes[0]
+
+
+def test_numerics_tell_a_mean_from_none():
+    """Few rows suffice: torch's fused bf16 gradients lose digits to the keys' mean, ours keep them."""
+    rows = {(row.data, row.who): row.errors["dq"] for row in numerics.run("cpu", 256)}
+    mean = "key mean 3, value mean 3"
+    assert rows[mean, "fastattn tiled"] < 2.5e-3
+    assert rows[mean, "sdpa"] > 10 * rows["no mean", "sdpa"]
+    assert "fastattn tiled" in table.numerics([numerics.Row(mean, "fastattn tiled", {"dq": 1e-3})])

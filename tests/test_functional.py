@@ -7,6 +7,7 @@ from cases import generator
 from torch.testing import assert_close
 
 import fastattn as fa
+from fastattn.backends import tiled
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-9)
 
@@ -299,3 +300,19 @@ def test_varlen_without_documents():
     cu = torch.tensor([0])
     out = fa.varlen_attention(x, x, x, cu, cu, mask=fa.Causal("bottom_right"), score=fa.ALiBi(torch.ones(2)))
     assert torch.equal(out, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_warmup_leaves_nothing_behind(gradients, monkeypatch):
+    q, k, v = (x.requires_grad_() for x in make(5, 6, 6))
+    slopes = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    state, done = torch.get_rng_state(), []
+    for verb in ("forward", "backward"):
+        real = getattr(tiled, verb)
+        monkeypatch.setattr(tiled, verb, lambda *a, real=real, verb=verb: (done.append(verb), real(*a))[1])
+    seconds = fa.warmup(q, k, v, score=fa.ALiBi(slopes), dropout_p=0.5, gradients=gradients)
+    assert seconds > 0.0
+    assert done == (["forward", "backward"] if gradients else ["forward"])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert q.grad is None
+    assert slopes.grad is None

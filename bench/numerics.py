@@ -1,0 +1,102 @@
+"""Gradients where keys and values have a mean, in bf16: relative L2 errors of dq, dk and dv against float64.
+
+Rounding O to bf16 before delta = dO.O, and P (dP - delta) to bf16 before the product with the keys, leaves row sums that
+are exactly 0 a little off 0, and what is off is multiplied by the mean key. Real keys have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import Causal, attention, dispatch, explain
+
+LENGTH, HEAD_DIM, HEADS = 1024, 64, 2
+GRADIENTS = ("dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What keys and values are made of: noise of variance 1 and an offset, in its standard deviations."""
+
+    name: str
+    key: float
+    value: float
+    drift: bool = False  # the keys' offset runs from -key to key along the sequence
+
+
+DATA = (
+    Data("no mean", 0.0, 0.0),
+    Data("key mean 1, value mean 1", 1.0, 1.0),
+    Data("key mean 3, value mean 3", 3.0, 3.0),
+    Data("key mean drifting -3 to 3, value mean 3", 3.0, 3.0, drift=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The errors of one implementation on one kind of data."""
+
+    data: str
+    who: str
+    errors: dict[str, float]
+
+    def json(self) -> dict[str, Any]:
+        return {"data": self.data, "who": self.who, **self.errors}
+
+
+def inputs(data: Data, n: int = LENGTH, device: str = "cpu") -> tuple[Tensor, ...]:
+    """q, k, v and do in bf16, (1, HEADS, n, HEAD_DIM). The offset of the keys is the same sign for a whole column."""
+    g = torch.Generator(device).manual_seed(3)
+    q, k, v, do = (torch.randn(1, HEADS, n, HEAD_DIM, generator=g, device=device) for _ in range(4))
+    direction = torch.randn(HEAD_DIM, generator=g, device=device)
+    along = torch.linspace(-1.0, 1.0, n, device=device)[:, None] if data.drift else 1.0
+    return tuple(x.bfloat16() for x in (q, k + data.key * direction * along, v + data.value, do))
+
+
+def candidates(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Causal attention by every backend of ours that runs here, by torch's own choice and by its math path."""
+    x = torch.empty(1, 1, 1, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    for name in dispatch.BACKENDS:
+        try:
+            explain(x, x, x, backend=name)
+        except (ValueError, ImportError):
+            continue
+        found[f"fastattn {name}"] = lambda q, k, v, name=name: attention(q, k, v, mask=Causal(), backend=name)  # type: ignore[misc]
+    found["sdpa"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    found["sdpa math"] = math
+    return found
+
+
+def run(device: str, n: int = LENGTH) -> Iterator[Row]:
+    """Rows as they are ready: every implementation on every kind of data."""
+    for data in DATA:
+        *leaves, do = inputs(data, n, device)
+        exact = _gradients(_plain, [x.double() for x in leaves], do.double())
+        for who, attend in candidates(device).items():
+            found = _gradients(attend, leaves, do)
+            errors = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+            yield Row(data.name, who, dict(zip(GRADIENTS, errors)))
+
+
+def _gradients(attend: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:
+    x = [y.detach().requires_grad_() for y in leaves]
+    return torch.autograd.grad(attend(*x), x, do)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n = q.shape[2]
+    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    return ((q @ k.mT) * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
