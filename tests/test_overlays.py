@@ -31,8 +31,8 @@ FAULTS = {
     "a store past the last row": (
         "tiles.py", "(first + tl.arange(0, ROWS) < n)[:, None] &", "(first + tl.arange(0, ROWS) >= 0)[:, None] &", "writes",
     ),
-    "a load past the last row": (
-        "tiles.py", "inside = ((row >= lo) & (row < hi))[:, None]", "inside = (row >= lo)[:, None]", "reads",
+    "a mask that shows a tile too many": (
+        "masks.py", "last = tl.max(tl.where(some, stop, 0))", "last = tl.max(tl.where(some, stop, 0)) + BLOCK_K", "reads",
     ),
     "two heads that write one row": (
         "forward.py", "lse + (b * n_h + h) * n_q + q_idx", "lse + b * n_h * n_q + q_idx", "Program instances run in any order",
