@@ -4,6 +4,7 @@
 """
 
 import pytest
+import torch
 from processes import ROOT, copied, overlay, python, suite
 
 SANITIZER = ("ttsem.sanitize", "pytest")
@@ -25,6 +26,13 @@ def test_suite_under_ttsem(ttsem):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "too large to be checked" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_suite_on_the_gpu():
+    done = suite(ROOT, "sanitized/kernels.py", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 FAULTS = {
