@@ -20,6 +20,12 @@ endif
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
+# Other Tritons beside the installed one, each in a folder that goes in front of it: one whose front end ttsem executes
+# without a GPU, and the oldest one that is supported. A new version is a new stamp.
+TTSEM := triton==3.8.0 ttsem==0.1.0
+OLDER := triton==3.6.0
+OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0
+
 .PHONY: help bench test lint clean
 
 help:
@@ -44,10 +50,18 @@ $(STAMP): pyproject.toml
 	done
 	@touch $@
 
+.overlays/ttsem/stamp-%: PACKAGES = $(TTSEM)
+.overlays/triton36/stamp-%: PACKAGES = $(OLDER)
+# where this fails there is no stamp: the tests skip what needs it, and the next run tries again
+.overlays/%: | $(ENV)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@if $(PY) -m pip install -q --retries 1 --no-deps --ignore-requires-python --target $(@D) $(PACKAGES); then touch $@; \
+	else rm -rf $(@D); echo "going on without $(PACKAGES): the tests that need it are skipped"; fi
+
 bench: $(ENV)
 	PYTHONPATH=. $(PY) -m fastattn bench
 
-test: $(ENV)
+test: $(ENV) $(OVERLAYS)
 	@if $(PY) -c "import xdist" 2>/dev/null; then n="-n $(WORKERS)"; fi; PYTHONPATH=. $(PY) -m pytest $$n -q tests
 
 lint: $(ENV)
@@ -55,4 +69,4 @@ lint: $(ENV)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info bench-out
+	rm -rf .venv .overlays build dist *.egg-info bench-out

@@ -111,10 +111,15 @@ def bench(options: argparse.Namespace) -> int:
 
 def compile_kernels(options: argparse.Namespace) -> int:
     """What the compiler makes of the kernels' default configurations."""
-    from .devtools import offline
+    from .devtools import baseline, offline
 
     failed = 0
-    for arch in options.arch or ["sm_80", "sm_90"]:
+    if options.baseline or (options.all and not options.arch):
+        for name, found in baseline.write():
+            print(f"{name:<48} {found}", flush=True)
+        if options.baseline:
+            return 0
+    for arch in options.arch or (list(offline.SHARED) if options.all else ["sm_80", "sm_90"]):
         for row in offline.survey(arch, options.head_dim or [64, 128], DTYPES[options.dtype], options.all):
             print(f"{arch:<7} {row}", flush=True)
             failed += not row.fits
@@ -266,7 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--arch", action="append", metavar="SM", help="for instance sm_90; may be repeated (default sm_80 sm_90)")
     one.add_argument("--head-dim", action="append", type=int, metavar="D", help="may be repeated (default 64 128)")
     one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
-    one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well")
+    one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well; "
+                     "without --arch also every architecture, and the baseline anew")  # fmt: skip
+    one.add_argument("--baseline", action="store_true", help="write the baseline of the default configurations anew, and stop")
     one.set_defaults(run=compile_kernels)
 
     one = commands.add_parser("tune", help="measure the kernels' launch configurations on this GPU and write its table")

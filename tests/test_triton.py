@@ -12,6 +12,7 @@ import torch
 
 import fastattn as fa
 from fastattn import cli, dispatch, functional
+from fastattn.backends import triton_call
 from fastattn.backends.triton_call import PAD
 from fastattn.devtools import offline
 from fastattn.kernels import launch, shim
@@ -164,6 +165,14 @@ def test_an_architecture_takes_the_nearest_older_table():
 def test_what_does_not_fit_has_no_launch():
     with pytest.raises(ValueError, match="the forward kernel does not fit sm_90 at a head_dim of 513 in 16 bits"):
         launch.launch("forward", 513, 8, 2, "sm_90")
+
+
+@needs_compiler
+def test_explain_names_the_tile_and_that_nobody_measured_it(monkeypatch):
+    monkeypatch.setattr(triton_call, "architecture", lambda device: "sm_89")
+    plan = dispatch.plan(call(score=fa.Softcap(2.0)))
+    assert (plan.backend, plan.reasons[0][0]) == ("triton", "a kernel for forward mode over forward mode")
+    assert "tiles of 16 x 32, 4 warps, 2 stages (unmeasured on sm_89, with the tiles of sm_86)" in plan.kernel
 
 
 # The real compiler, which needs no GPU

@@ -6,7 +6,9 @@ with the assembler and disassembler of its wheel. So what is reported is what a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import re
 import subprocess
 import tempfile
@@ -23,7 +25,7 @@ from ..backends import triton_call
 from ..kernels import shim
 from ..problem import Problem, Tangents
 
-SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB a block may use
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KB of a block
 
 
 class Recorded(NamedTuple):
@@ -46,12 +48,13 @@ class Report(NamedTuple):
     loop_spills: int  # accesses to it in the loops that hold the products
     shared: int  # bytes
     products: int  # matrix instructions
+    warning: str = ""  # the assembler's, where it made asynchronous products wait for each other
 
     def __str__(self) -> str:
         return (
             f"{self.kernel:<14} {self.num_warps} warps {self.num_stages} stages  {self.registers:>3} registers  "
             f"{self.local:>5} B local ({self.loop_spills} accesses in loops)  {self.shared / 1024:>5.0f} K shared  "
-            f"{self.products} matrix instructions"
+            f"{self.products} matrix instructions{self.warning and '  ' + self.warning}"
         )
 
 
@@ -111,16 +114,44 @@ def compiled(launch: Recorded, arch: str) -> Any:
 
 
 def report(launch: Recorded, arch: str) -> Report:
-    """Compile a recorded launch for an NVIDIA architecture and read what it came to."""
-    binary = compiled(launch, arch)
+    """Compile a recorded launch and read what it came to."""
+    binary, log = _logged(launch, arch)
+    name = launch.kernel.__name__, launch.num_warps, launch.num_stages
+    if arch.startswith("gfx"):
+        return Report(*name, *_amd(binary.asm["amdgcn"], binary.metadata.shared))
     usage, assembly = _dump(binary.asm["cubin"], "-res-usage"), _dump(binary.asm["cubin"], "-sass")
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     instructions = list(_instructions(assembly))
     return Report(
-        launch.kernel.__name__, launch.num_warps, launch.num_stages, found.get("REG", 0),
-        found.get("STACK", 0) + found.get("LOCAL", 0), loop_spills(instructions), binary.metadata.shared,
-        sum(_is_product(text) for _, text in instructions),
+        *name, found.get("REG", 0), found.get("STACK", 0) + found.get("LOCAL", 0), loop_spills(instructions),
+        binary.metadata.shared, sum(_is_product(text) for _, text in instructions), serialised(log),
     )  # fmt: skip
+
+
+def _logged(launch: Recorded, arch: str) -> tuple[Any, str]:
+    """(binary, what the assembler printed); a binary of the cache would come without the latter."""
+    from triton import knobs
+
+    said = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        binary = compiled(launch, arch)
+    return binary, said.getvalue()
+
+
+def serialised(log: str) -> str:
+    """The line of an assembler's log that says wgmma instructions wait for each other, or nothing."""
+    lines = [line.strip() for line in log.splitlines() if "wgmma" in line and "serializ" in line]
+    return lines[0] if lines else ""
+
+
+def _amd(assembly: str, shared: int) -> tuple[int, int, int, int, int]:
+    """Registers, scratch memory, accesses to it (all of them, in loops or not), shared memory and matrix instructions."""
+    facts = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly)}
+    scratch = len(re.findall(r"^\s*scratch_(?:load|store)", assembly, re.M))
+    products = len(re.findall(r"^\s*v_mfma", assembly, re.M))
+    return facts["vgpr_count"], facts["private_segment_fixed_size"], scratch, shared, products
 
 
 def _dump(cubin: bytes, flag: str) -> str:
@@ -174,20 +205,25 @@ class Row(NamedTuple):
         return f"{self.call:<24} {self.report}" + ("" if self.fits else "  TOO MUCH SHARED MEMORY")
 
 
-def survey(arch: str, head_dims: list[int], dtype: torch.dtype, everything: bool = False) -> Iterator[Row]:
-    """Compile the default configurations of an NVIDIA architecture: causal and row spans, with and without a chain."""
-    require_compiler()
+def calls(everything: bool = False) -> dict[str, dict[str, Any]]:
+    """What `example` takes, by name: causal and row spans, with and without a chain; `everything`: other loads as well."""
     rows = masks.SinkTokens(4) | masks.SlidingWindow(255, 0, "top_left")
-    calls: dict[str, dict[str, Any]] = {
+    found: dict[str, dict[str, Any]] = {
         "causal": {}, "causal, chain": {"chain": True}, "row spans": {"mask": rows},
         "row spans, chain": {"mask": rows, "chain": True},
     }  # fmt: skip
     if everything:
-        calls["gradients of slopes"] = {"chain": True, "params": True}
-        calls["dense"] = {"mask": masks.Dense(torch.ones(1024, 1024, dtype=torch.bool))}
-        calls["dropout"] = {"dropout": 0.1}
+        found["gradients of slopes"] = {"chain": True, "params": True}
+        found["dense"] = {"mask": masks.Dense(torch.ones(1024, 1024, dtype=torch.bool))}
+        found["dropout"] = {"dropout": 0.1}
+    return found
+
+
+def survey(arch: str, head_dims: list[int], dtype: torch.dtype, everything: bool = False) -> Iterator[Row]:
+    """Compile the default configurations of an architecture: `calls`, and with `everything` the tangents too."""
+    require_compiler()
     for dim in head_dims:
-        for name, options in calls.items():
+        for name, options in calls(everything).items():
             for launch in recorded(example(dim, dtype, **options), arch, 2 if everything else 1):
                 call, limit = f"d {dim} {name}", SHARED.get(arch, 1 << 20) * 1024
                 try:

@@ -77,7 +77,7 @@ def test_a_dense_mask_is_read_once_for_the_keys_it_can_show():
     assert torch.equal(start.cpu()[:, :, 0][tight], visible.int().argmax(-1)[tight].int())
 
 
-@pytest.mark.parametrize("k_at", [0, 3, "tensor"])
+@pytest.mark.parametrize("k_at", [0, 3, 4, "tensor"])
 def test_dropout_bits_are_those_of_the_cpu(k_at):
     """A key's weight is dropped if and only if the CPU drops it: v is one-hot, so that out shows every weight."""
     q, k, _ = qkv(n_b=2, n_q=33, n_k=16)
@@ -96,7 +96,7 @@ def test_each_group_has_its_own_dropout_key():
 
 
 COORDS = {
-    "offsets": lambda b, h, q, k: fa.Coordinates(b=3, h=1, q=7, k=2),
+    "offsets": lambda b, h, q, k: fa.Coordinates(b=3, h=1, q=7, k=4),  # a multiple of 4: words in fours
     "rows": lambda b, h, q, k: fa.Coordinates(q=torch.arange(q)[None] * 2, k=torch.arange(k).flip(0)[None]),
     "entries": lambda b, h, q, k: fa.Coordinates(
         b=torch.arange(b * q).view(b, q) % 5, h=torch.arange(h).flip(0), q=torch.arange(b * q).view(b, q) % 40
@@ -180,7 +180,7 @@ def test_repeats_bit_for_bit_and_writes_everything(dtype, monkeypatch):
 
     def poisoned(*args, real=torch.empty, **kwargs):
         x = real(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(1 << 30)
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     q, k, v = qkv(n_b=2, n_h=4, n_q=21, n_k=35, head_dim=19, v_dim=7, dtype=dtype, strided=True)

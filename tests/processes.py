@@ -1,0 +1,42 @@
+"""Python processes of their own: with another Triton in front of the installed one, or with a changed copy of the package."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def python(*arguments, path=(), cwd=ROOT, **environment):
+    """Run this Python with `path` in front of everything that it imports."""
+    front = os.pathsep.join(map(str, (*path, ROOT, os.environ.get("PYTHONPATH", ""))))
+    env = {**os.environ, "PYTHONPATH": front, **environment}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=env, check=False)
+
+
+def overlay(name):
+    """The folder of packages that `make test` installs beside the environment."""
+    return ROOT / ".overlays" / name
+
+
+def copied(to, changes=()):
+    """A copy of the package in the folder `to`, with (file of kernels/, old text, new text) replaced; each must be there."""
+    shutil.copytree(ROOT / "fastattn", to / "fastattn", symlinks=False, ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    shutil.copytree(ROOT / "bench", to / "fastattn" / "bench", ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for file, old, new in changes:
+        path = to / "fastattn" / "kernels" / file
+        text = path.read_text()
+        assert old in text, f"{file} no longer holds: {old}"
+        path.write_text(text.replace(old, new))
+    return to
+
+
+def suite(package, *arguments, module=("pytest",), path=(), **environment):
+    """pytest over arguments, which are paths below tests/, with fastattn from the folder `package`."""
+    ini = f"pythonpath={package} {TESTS}"
+    where = [str(TESTS / a) if a[0] != "-" else a for a in arguments]
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-o", ini)
+    return python("-m", *module, *options, *where, path=(*path, package), cwd=package, **environment)

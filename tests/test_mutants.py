@@ -1,0 +1,69 @@
+"""Planted faults: each makes a named small test of the kernels fail, in the interpreter, in a process of its own.
+
+A change that moves the text a fault replaces fails here too, and says which text is gone.
+"""
+
+import pytest
+from processes import copied, suite
+from test_triton import needs_triton
+
+pytestmark = needs_triton
+FEATURES = "interpreted/features.py::"
+TILES = FEATURES + "test_long_enough_for_every_kind_of_tile[{}]"
+
+# name -> (file, what stands there, the fault, the test that must see it)
+MUTANTS = {
+    "mask bound": ("forward.py", "(k_idx[None, :] < stop[:, None])", "(k_idx[None, :] <= stop[:, None])",
+                   TILES.format("causal")),
+    "row mask of the column pass": ("backward.py", "p = tl.where(seen, p, 0.0)", "p = p * 1.0", TILES.format("causal")),
+    "full run too long": ("masks.py", "full_hi = tl.min(tl.where(ok, stop, n_k))", "full_hi = tl.max(tl.where(ok, stop, 0))",
+                          TILES.format("causal")),
+    "last row of a key tile": ("masks.py", "last = tl.where(some, row + 1, last)", "last = tl.where(some, row, last)",
+                               TILES.format("sinks_window")),
+    "jump over the full run": ("backward.py", "q0 = tl.where(tile < jump_at, tile, tile + jump)",
+                               "q0 = tl.where(tile < jump_at, tile, tile + jump * 0)", TILES.format("causal")),
+    "column mask of a head": ("tiles.py", "inside = inside & (tl.arange(0, PADDED) < DIM)[None, :]", "inside = inside",
+                              FEATURES + "test_wide_heads[96]"),
+    "transposed strides": ("tiles.py", "b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]",
+                           "b.to(tl.int64) * strides[1] + h.to(tl.int64) * strides[0]",
+                           FEATURES + "test_coordinates[0.0-offsets]"),
+    "strides of k for v": ("forward.py", "load_rows(v, k0, strides[2],", "load_rows(v, k0, strides[1],",
+                           FEATURES + "test_wide_heads[96]"),
+    "dropout offset of the row pass": ("forward.py", "kept(data[3], b, at, k0 + size[5],", "kept(data[3], b, at, k0,",
+                                       FEATURES + "test_dropout_bits_are_those_of_the_cpu[4]"),
+    "dropout offset of the backward": ("backward.py", "kept(data[3], b, at, k0 + size[5],", "kept(data[3], b, at, k0,",
+                                       FEATURES + "test_coordinates[0.3-offsets]"),
+    "a word of dropout": ("dropout.py", "tl.interleave(w0, w2), tl.interleave(w1, w3)",
+                          "tl.interleave(w0, w1), tl.interleave(w2, w3)",
+                          FEATURES + "test_dropout_bits_are_those_of_the_cpu[0]"),
+    "a row of delta": ("backward.py", "tl.store(delta + row, tl.where(seen, total, 0.0))",
+                       "tl.store(delta + row, tl.where(seen & (q_idx != 46), total, 0.0))",
+                       FEATURES + "test_dv_alone_and_dlse_alone"),
+    "a row of the zero sum": ("backward.py", "dq -= total[:, None] * reference[None, :]",
+                              "dq -= tl.where(q_idx == 40, 0.0, total)[:, None] * reference[None, :]",
+                              FEATURES + "test_keys_with_a_mean"),
+    "the low half of out": ("forward.py", "low = acc - rounded(acc, out.dtype.element_ty).to(tl.float32)", "low = acc * 0.0",
+                            FEATURES + "test_keys_with_a_mean"),
+    "a sink in the zero sum": ("backward.py", "total -= row_delta * tl.exp2(sink * LOG2E - row_lse)", "total -= 0.0 * sink",
+                               FEATURES + "test_dv_alone_and_dlse_alone"),
+}  # fmt: skip
+
+
+def run(package, *tests):
+    return suite(package, *tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+def test_without_a_fault_they_pass(tmp_path):
+    tests = dict.fromkeys(test for *_, test in MUTANTS.values())
+    done = run(copied(tmp_path), *tests)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert f"{len(tests)} passed" in done.stdout
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_is_seen(name, tmp_path):
+    *change, test = MUTANTS[name]
+    done = run(copied(tmp_path, [change]), test)
+    assert done.returncode == 1, f"{test} did not fail by an assertion:\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
+    assert "AssertionError" in done.stdout
+    assert "1 failed" in done.stdout

@@ -1,0 +1,79 @@
+"""The kernels under other Tritons than the installed one: executed by ttsem through the front end, compiled by an older one.
+
+`make test` installs both beside the environment, where it can.
+"""
+
+import pytest
+import torch
+from processes import ROOT, copied, overlay, python, suite
+
+SANITIZER = ("ttsem.sanitize", "pytest")
+
+
+@pytest.fixture(scope="module")
+def ttsem(tmp_path_factory):
+    path = overlay("ttsem")
+    if python("-c", "import ttsem.sanitize", path=[path]).returncode:
+        pytest.skip("ttsem is not installed here: make test installs it where it can")
+    cache = str(tmp_path_factory.mktemp("cache"))  # lines of another checkout would be named otherwise
+    environment = dict(TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", TRITON_CACHE_DIR=cache)
+    return lambda package, *arguments: suite(package, *arguments, module=SANITIZER, path=[path], **environment)
+
+
+@pytest.mark.slow
+def test_suite_under_ttsem(ttsem):
+    done = ttsem(ROOT, "sanitized/kernels.py")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "too large to be checked" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_suite_on_the_gpu():
+    done = suite(ROOT, "sanitized/kernels.py", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+FAULTS = {
+    "a store past the last row": (
+        "tiles.py", "(first + tl.arange(0, ROWS) < n)[:, None] &", "(first + tl.arange(0, ROWS) >= 0)[:, None] &", "writes",
+    ),
+    "a mask that shows a tile too many": (
+        "masks.py", "last = tl.max(tl.where(some, stop, 0))", "last = tl.max(tl.where(some, stop, 0)) + BLOCK_K", "reads",
+    ),
+    "two heads that write one row": (
+        "forward.py", "lse + (b * n_h + h) * n_q + q_idx", "lse + b * n_h * n_q + q_idx", "Program instances run in any order",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ttsem_stops_at(fault, ttsem, tmp_path):
+    *change, message = FAULTS[fault]
+    done = ttsem(copied(tmp_path, [change]), "sanitized/kernels.py::test_every_mask[causal]")
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "KernelFault" in done.stdout
+    assert message in done.stdout, done.stdout[-3000:]
+
+
+OLDER = """
+import torch, triton
+from fastattn.devtools import offline
+assert triton.__version__ == "3.6.0", triton.__version__
+for launch in offline.recorded(offline.example(64, torch.bfloat16), "sm_90"):
+    found = offline.report(launch, "sm_90")
+    print(found)
+    assert found.loop_spills == 0 and found.shared <= offline.SHARED["sm_90"] * 1024 and not found.warning
+"""
+
+
+def test_the_oldest_triton_compiles_the_kernels(tmp_path):
+    path = overlay("triton36")
+    if not (path / "triton").is_dir():
+        pytest.skip("triton 3.6.0 is not installed here: make test installs it where it can")
+    done = python("-c", OLDER, path=[path], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for kernel in ("forward", "backward_dq", "backward_dkdv"):
+        assert kernel in done.stdout
