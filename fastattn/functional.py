@@ -455,8 +455,8 @@ def warmup(
 ) -> float:
     """Compile the kernels that `attention` runs for such arguments, so that no later call waits for a compiler.
 
-    Runs the call once and forgets the result; neither the tensors' gradients nor torch's generator change. Kernels are
-    compiled for all lengths beyond 16 rows at once, and for all batch sizes and numbers of heads.
+    Runs the call once and forgets the result; neither the tensors' gradients nor torch's generator change. Lengths beyond
+    16 rows share their kernels; other dtypes, head dims, strides or numbers of heads may compile anew.
 
     Args:
         gradients: the backward as well.
