@@ -72,8 +72,8 @@ def twins(make, dtype=torch.float32):
 class Curves:
     """The loss of every step and the seconds of process time of all of them, by attention."""
 
-    def __init__(self):
-        self.losses, self.seconds = {name: [] for name in ATTENTIONS}, dict.fromkeys(ATTENTIONS, 0.0)
+    def __init__(self, names):
+        self.losses, self.seconds = {name: [] for name in names}, dict.fromkeys(names, 0.0)
 
     def show(self, title, rows=6):
         pairs = list(zip(*self.losses.values()))
@@ -85,8 +85,8 @@ class Curves:
 
 
 def train(models, loss_of, batches, lr=1e-3):
-    """Train both models, in turn on each batch, with AdamW; loss_of(model, batch) is a scalar."""
-    curves = Curves()
+    """Train the models, in turn on each batch, with AdamW; loss_of(model, batch) is a scalar."""
+    curves = Curves(models)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=lr) for name, model in models.items()}
     for batch in batches:
         for name, model in models.items():
