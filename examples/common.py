@@ -90,8 +90,7 @@ def train(models, loss_of, batches, lr=1e-3):
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=lr) for name, model in models.items()}
     for batch in batches:
         for name, model in models.items():
-            began = time.process_time()
-            loss = loss_of(model, batch)
+            began, loss = time.process_time(), loss_of(model, batch)
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
