@@ -19,6 +19,7 @@ if not (_Path(__file__).parent / "kernels").exists():
 from . import batching as _batching  # noqa: F401  (registers the vmap rules)
 from .coords import Coordinates
 from .functional import Explanation, attention, explain, merge, varlen_attention, warmup
+from .integrations import install, uninstall, use
 from .masks import (
     Causal,
     Chunked,
@@ -68,9 +69,12 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "explain",
+    "install",
     "merge",
     "scaled_dot_product_attention",
     "t5_bucket",
+    "uninstall",
+    "use",
     "varlen_attention",
     "warmup",
 ]

@@ -20,6 +20,7 @@ LAYERS = (
     {"devtools"},
     {"environment"},
     {"__init__"},
+    {"integrations"},
     {"sdpa", "nested"},
     {"functional"},
     {"express", "batching"},
