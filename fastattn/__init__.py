@@ -20,7 +20,7 @@ from . import batching as _batching  # noqa: F401  (registers the vmap rules)
 from . import nn
 from .coords import Coordinates
 from .functional import Explanation, attention, explain, merge, varlen_attention, warmup
-from .integrations import install, uninstall, use
+from .integrations import convert, install, uninstall, use
 from .masks import (
     Causal,
     Chunked,
@@ -71,6 +71,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "attention_weights",
+    "convert",
     "explain",
     "install",
     "merge",

@@ -5,7 +5,8 @@
     flash_attn                  the names and signatures of the package flash-attn
 """
 
+from .convert import Conversion, convert
 from .ledger import Report, report
 from .torch_sdpa import Use, install, uninstall, use
 
-__all__ = ["Report", "Use", "install", "report", "uninstall", "use"]
+__all__ = ["Conversion", "Report", "Use", "convert", "install", "report", "uninstall", "use"]

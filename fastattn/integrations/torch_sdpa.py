@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
-from ..nested import is_jagged, nested_attention
+from ..nested import nested_attention
 from ..sdpa import scaled_dot_product_attention
 from . import ledger
 
@@ -180,11 +180,11 @@ def _attend_jagged(
 
 def _foreign(x: Any) -> str | None:
     """Why a tensor is none of ours: its class has rules of its own for the operators it meets (DTensor and the like)."""
-    if x is None or type(x) is Tensor or type(x) is torch.nn.Parameter:
-        return None if x is None or x.layout == torch.strided and not x.is_nested else "a tensor that is not dense"
-    if is_jagged(x) or hasattr(type(x), "__tensor_flatten__"):
+    if x is None:
+        return None
+    if hasattr(type(x), "__tensor_flatten__"):
         return f"a tensor of class {type(x).__name__}"
-    return None if not x.is_nested and x.layout == torch.strided else "a tensor that is not dense"
+    return "a tensor that is not dense" if x.is_nested or x.layout != torch.strided else None
 
 
 def _first_line(error: Exception) -> str:
