@@ -16,6 +16,7 @@ from fastattn.integrations import convert, report
 from fastattn.integrations import transformers as integration
 
 from .common import command, need, train
+from .real_weights import quiet
 
 VOCABULARY, LENGTH, BATCH = 100, 48, 4
 
@@ -94,6 +95,7 @@ def differences(models, batch):
 def main(steps=40):
     os.environ["HF_HUB_OFFLINE"] = "1"
     hf, found, before = need("transformers", "transformers"), {}, report()
+    quiet()
     for make in (roberta, gpt2, xlnet):
         torch.manual_seed(0)
         model = make(hf).train()

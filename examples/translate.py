@@ -2,9 +2,9 @@
 
     python -m examples.translate
 
-The encoder sees the real words of its padded sentence, given by a bool tensor (from some hundred words on `Padding` would
-be quicker). The decoder sees what it has written so far, and those words. It is trained on random numbers below a million
-and asked for others.
+The encoder sees the real words of its padded sentence, by a bool tensor: of many sentences this short `Padding` would do one
+after the other. The decoder sees what it has written so far, and those words. It is trained on random numbers below a
+million and asked for others.
 """
 
 import random
