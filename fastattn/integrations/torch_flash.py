@@ -28,6 +28,7 @@ from . import ledger
 from .flash_attn import bottom_right
 
 NAME = "fastattn"
+Kernels = dict[str, Callable[..., Any]]
 
 
 def register(name: str = NAME) -> None:
@@ -48,13 +49,16 @@ class Handle:
     """What torch keeps of an active implementation; `remove()` gives torch's kernels back."""
 
     def __init__(self) -> None:
-        shared: dict[str, Callable[..., Any]] = {"_flash_attention_forward": packed, "_flash_attention_backward": packed_backward}
-        dense: dict[str, Callable[..., Any]] = {
+        packed_kernels: Kernels = {
+            "_flash_attention_forward": packed,
+            "_flash_attention_backward": packed_backward,
+            "_flash_attention_forward_no_dropout_inplace": packed_into,
+        }
+        dense_kernels: Kernels = {
             "_scaled_dot_product_flash_attention": dense_forward,
             "_scaled_dot_product_flash_attention_backward": dense_backward,
         }
-        inplace: dict[str, Callable[..., Any]] = {"_flash_attention_forward_no_dropout_inplace": packed_into}
-        self._ways = [compat.implement({**dense, **shared, **inplace}, "CUDA"), compat.implement({**shared, **inplace}, "CPU")]
+        self._ways = [compat.implement({**dense_kernels, **packed_kernels}, "CUDA"), compat.implement(packed_kernels, "CPU")]
         compat.forget_compiled()
 
     def remove(self) -> None:
