@@ -74,7 +74,7 @@ def test_restored(active):
 def test_the_dense_kernels(causal, dropout_p, dtype):
     """What torch calls on cuda tensors, called here."""
     q, k, v = (make(2, 5, 4, 8, seed=i, dtype=dtype).transpose(1, 2) for i in range(3))
-    bar = 1e-6 if dtype == torch.float32 else 2e-2
+    bar = 1e-6 if dtype == torch.float32 else 5e-3
     with torch.no_grad():
         torch.manual_seed(0)
         out, lse, _, _, n_q, n_k, seed, offset, _ = torch_flash.dense_forward(q, k, v, dropout_p, causal, scale=0.3)
@@ -87,8 +87,7 @@ def test_the_dense_kernels(causal, dropout_p, dtype):
         )
     torch.manual_seed(0)
     wanted = fa.attention(q, k, v, mask=fa.Causal("bottom_right") if causal else None, scale=0.3, dropout_p=dropout_p)
-    assert_close(out, wanted)
-    for a, b in zip(grads, torch.autograd.grad(wanted.square().sum(), (q, k, v)), strict=True):
+    for a, b in zip((out, *grads), (wanted, *torch.autograd.grad(wanted.square().sum(), (q, k, v))), strict=True):
         assert (a - b).double().norm() <= bar * b.double().norm()
 
 
