@@ -82,7 +82,8 @@ class Results:
         if self.numerics:
             found["numerics"] = table.numerics(self.numerics)
         if self.hosts:
-            found["hosts"] = f"{table.hosts(self.hosts)}\n\n{HOSTS_KEY}"
+            versions = [f"{name} {self.environment[name]}" for name in hosts.libraries() if self.environment.get(name)]
+            found["hosts"] = "\n\n".join([table.hosts(self.hosts), HOSTS_KEY, f"Versions: {', '.join(versions)}."])
         return found
 
 
@@ -210,8 +211,7 @@ def _hosts(options: Options, results: Results) -> None:
             bar.advance(row.model)
     for row in results.hosts:
         results.notes += [f"{row.model}: {line}" for line in row.left]
-        if row.library != "torch" and (version := environment.version(row.library.replace("_", "-"))) is not None:
-            results.environment[row.library] = version
+    results.environment.update({name: environment.version(hosts.PACKAGES.get(name, name)) for name in hosts.libraries()})
 
 
 def _when(options: Options) -> dict[str, Any]:
