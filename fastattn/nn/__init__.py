@@ -1,5 +1,14 @@
-"""Modules: a drop-in for torch.nn.MultiheadAttention."""
+"""Modules: a drop-in for torch.nn.MultiheadAttention, a modern attention block, positions, caches, transformer layers."""
 
+from ..weights import attention_weights
+from .attention import Attention
+from .cache import Cache, DynamicCache, StaticCache
+from .layers import Decoder, DecoderLayer, Encoder, EncoderLayer, FeedForward, LayerCache
 from .multihead import MultiheadAttention
+from .positions import ALiBiSlopes, LearnedPositions, RelativeTable, Rotary, SinusoidalPositions, T5Buckets
 
-__all__ = ["MultiheadAttention"]
+__all__ = [
+    "ALiBiSlopes", "Attention", "Cache", "Decoder", "DecoderLayer", "DynamicCache", "Encoder", "EncoderLayer", "FeedForward",
+    "LayerCache", "LearnedPositions", "MultiheadAttention", "RelativeTable", "Rotary", "SinusoidalPositions", "StaticCache",
+    "T5Buckets", "attention_weights",
+]  # fmt: skip
