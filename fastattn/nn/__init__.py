@@ -3,9 +3,10 @@
 from ..weights import attention_weights
 from .attention import Attention
 from .cache import Cache, DynamicCache, StaticCache
-from .layers import Decoder, DecoderLayer, Encoder, EncoderLayer, FeedForward, LayerCache
+from .layers import DecoderLayer, EncoderLayer, FeedForward, LayerCache
 from .multihead import MultiheadAttention
 from .positions import ALiBiSlopes, LearnedPositions, RelativeTable, Rotary, SinusoidalPositions, T5Buckets
+from .stacks import Decoder, Encoder
 
 __all__ = [
     "ALiBiSlopes", "Attention", "Cache", "Decoder", "DecoderLayer", "DynamicCache", "Encoder", "EncoderLayer", "FeedForward",

@@ -1,4 +1,4 @@
-"""Transformer layers and stacks of them.
+"""Transformer layers.
 
     pre-norm     x + f(norm(x))        post-norm    norm(x + f(x))
 """
@@ -120,8 +120,8 @@ class EncoderLayer(_Layer):
         self.norm_first = norm_first
         self.self_attention = Attention(dim, n_heads, dropout=dropout, bias=bias, **attention, **factory)
         self.feed_forward = FeedForward(dim, hidden, activation, dropout, bias, **factory)
-        self.attention_norm = _norm(norm, dim, eps, **factory)
-        self.feed_forward_norm = _norm(norm, dim, eps, **factory)
+        self.attention_norm = make_norm(norm, dim, eps, **factory)
+        self.feed_forward_norm = make_norm(norm, dim, eps, **factory)
         self.residual_dropout = nn.Dropout(dropout)
 
     def forward(
@@ -179,14 +179,14 @@ class DecoderLayer(_Layer):
         own = {"causal": True, **attention}
         self.self_attention = Attention(dim, n_heads, dropout=dropout, bias=bias, **own, **factory)
         self.cross_attention = None
-        self.attention_norm = _norm(norm, dim, eps, **factory)
-        self.feed_forward_norm = _norm(norm, dim, eps, **factory)
+        self.attention_norm = make_norm(norm, dim, eps, **factory)
+        self.feed_forward_norm = make_norm(norm, dim, eps, **factory)
         if memory_dim is not None:
             shared = {name: attention[name] for name in ("n_kv_heads", "head_dim", "qk_norm") if name in attention}
             self.cross_attention = Attention(
                 dim, n_heads, context_dim=memory_dim, dropout=dropout, bias=bias, **shared, **factory
             )
-            self.cross_norm = _norm(norm, dim, eps, **factory)
+            self.cross_norm = make_norm(norm, dim, eps, **factory)
         self.feed_forward = FeedForward(dim, hidden, activation, dropout, bias, **factory)
         self.residual_dropout = nn.Dropout(dropout)
 
@@ -243,80 +243,6 @@ class DecoderLayer(_Layer):
         return attend
 
 
-class Encoder(nn.Module):
-    """A stack of encoder layers, with a norm behind it where they are pre-norm.
-
-    Args:
-        n_layers: how many. others: of `EncoderLayer`, each layer with parameters of its own.
-    """
-
-    def __init__(self, n_layers: int, dim: int, n_heads: int, hidden: int | None = None, **layer: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(dim, n_heads, hidden, **layer) for _ in range(n_layers))
-        self.norm = _last_norm(dim, layer)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        mask: MaskLike = None,
-        keep: Tensor | None = None,
-        score: Scores = (),
-        positions: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        """x (B, L, dim) to the same shape; arguments as in `EncoderLayer`. The mask is lowered once for all layers."""
-        mask = lowered_once(padded_mask(mask, keep, x, x.shape[1]), x, x.shape[1])
-        for layer in self.layers:
-            x = layer(x, mask=mask, score=score, positions=positions, is_causal=is_causal)
-        return self.norm(x)
-
-
-class Decoder(nn.Module):
-    """A stack of decoder layers, with a norm behind it where they are pre-norm.
-
-    Args:
-        n_layers: how many. others: of `DecoderLayer`, each layer with parameters of its own.
-    """
-
-    def __init__(self, n_layers: int, dim: int, n_heads: int, hidden: int | None = None, **layer: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(dim, n_heads, hidden, **layer) for _ in range(n_layers))
-        self.norm = _last_norm(dim, layer)
-
-    def new_cache(self, make: Callable[[], Cache] = DynamicCache) -> list[LayerCache]:
-        """Empty caches, one a layer; `make` gives the one for a layer's own tokens."""
-        return [LayerCache(own=make()) for _ in self.layers]
-
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        *,
-        mask: MaskLike = None,
-        keep: Tensor | None = None,
-        memory_mask: MaskLike = None,
-        memory_keep: Tensor | None = None,
-        score: Scores = (),
-        positions: Tensor | None = None,
-        is_causal: bool | None = None,
-        cache: Sequence[LayerCache] | None = None,
-    ) -> Tensor:
-        """x (B, L, dim) to the same shape; arguments as in `DecoderLayer`, `cache` as `new_cache` makes it."""
-        if cache is not None and len(cache) != len(self.layers):
-            raise ValueError(f"cache must hold one LayerCache for each of {len(self.layers)} layers, got {len(cache)}")
-        if keep is not None:
-            mask = padded_mask(mask, keep, x, keep.shape[-1])
-        if memory_keep is not None:
-            memory_mask = padded_mask(memory_mask, memory_keep, x, memory_keep.shape[-1])
-        for i, layer in enumerate(self.layers):
-            x = layer(
-                x, memory, mask=mask, memory_mask=memory_mask, score=score, positions=positions, is_causal=is_causal,
-                cache=None if cache is None else cache[i],
-            )  # fmt: skip
-        return self.norm(x)
-
-
 def padded_mask(mask: MaskLike, keep: Tensor | None, x: Tensor, n_k: int) -> MaskLike:
     """`mask` without the keys that keep (B, n_k) leaves out, lowered where there are both.
 
@@ -345,14 +271,7 @@ def lowered_once(mask: MaskLike, x: Tensor, n_k: int) -> LoweredMask | None:
     return mask
 
 
-def _norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:
+def make_norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:
     if kind not in NORMS:
         raise ValueError(f"norm must be one of {tuple(NORMS)}, got {kind!r}")
     return NORMS[kind](dim, eps=eps, **factory)
-
-
-def _last_norm(dim: int, layer: dict[str, Any]) -> nn.Module:
-    if not layer.get("norm_first", True):
-        return nn.Identity()
-    factory = {name: layer.get(name) for name in ("device", "dtype")}
-    return _norm(layer.get("norm", "layer"), dim, layer.get("eps", 1e-5), **factory)
