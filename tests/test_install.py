@@ -226,26 +226,24 @@ def test_install_and_uninstall():
     assert torch.equal(bound_early(*make(2, 3, 33, 16, dtype=torch.bfloat16)), bits)
 
 
-def raises_inside():
-    """What a block saw that an error ended."""
-    block = fa.use()
-    inner = block.__enter__()
-    assert taken_now()
-    error = ZeroDivisionError()
-    with pytest.raises(ZeroDivisionError):
-        block.__exit__(ZeroDivisionError, error, None)
-    return inner
+def fails(seen):
+    with fa.use() as inner:
+        seen.append(inner)
+        assert taken_now()
+        raise ZeroDivisionError
 
 
 def test_blocks_nest_and_end_with_an_error():
+    ended = []
     with fa.use() as outer:
-        inner = raises_inside()
+        with pytest.raises(ZeroDivisionError):
+            fails(ended)
         assert taken_now()
         fa.install()
     assert taken_now()
     fa.uninstall()
     assert not taken_now()
-    assert calls(inner) == 1
+    assert calls(ended[0]) == 1
     assert calls(outer) == 2
     assert str(outer) == str(outer.report())
 
@@ -371,3 +369,19 @@ def test_without_get_kernel(monkeypatch):
         assert bound_early(x, x, x).is_nested
     assert_close(out, plain(q, k, v, mask))
     assert sum(seen.report().left.values()) == 1
+
+
+def test_reports_count_and_subtract(monkeypatch):
+    from fastattn.integrations import ledger
+
+    monkeypatch.setattr(ledger, "MOST", 1)
+    monkeypatch.setattr(ledger, "_left", type(ledger._left)())
+    before = report()
+    assert str(report() - before) == "no calls"
+    for reason in ("one", "one", "two", "three"):  # a message with sizes in it is another one every time
+        ledger.leave("somewhere", reason)
+    ledger.took("a route")
+    found = report() - before
+    assert found.left == {"somewhere: one": 2, "somewhere: other reasons": 2}
+    assert found.taken == {"a route": 1}
+    assert str(found).splitlines()[0].split() == ["1", "a", "route"]
