@@ -155,7 +155,7 @@ LLMS = ["GPT-2, padded", "Llama, GQA, padded left", "Mistral, window", "Gemma 2,
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", [*LLMS, "T5", "Whisper"])
+@pytest.mark.parametrize("name", [*LLMS, "GPT-2", "T5", "Whisper"])
 def test_generation(name, cache):
     case = built(name)
     generator = torch.Generator().manual_seed(5)
