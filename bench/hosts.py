@@ -18,6 +18,7 @@ from torch import Tensor
 from ..integrations import Conversion, convert, use
 from .host_models import MODELS, Case, Model
 
+PACKAGES = {"x_transformers": "x-transformers", "open_clip": "open_clip_torch"}  # where it is not the module's name
 ROUTES = {"interface": "attention interface", "replaced": "module replaced", "sdpa": "under F.sdpa"}
 
 
@@ -49,9 +50,18 @@ def run(models: tuple[Model, ...] = MODELS, notes: list[str] | None = None) -> I
     for model in models:
         missing = model.missing()
         if missing is None:
-            yield compare(model)
-        elif notes is not None:
+            try:
+                yield compare(model)
+                continue
+            except ImportError as error:  # a package that is there, without one that it needs
+                missing = str(error)
+        if notes is not None:
             notes.append(f"{model.name} left out: {missing}")
+
+
+def libraries() -> list[str]:
+    """The libraries of MODELS, each once."""
+    return list(dict.fromkeys(model.library for model in MODELS))
 
 
 def compare(model: Model) -> Row:

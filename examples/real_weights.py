@@ -60,19 +60,24 @@ def reactions(path, n):
     return {"input_ids": ids, "attention_mask": (ids != vocabulary["[PAD]"]).long()}
 
 
+@torch.no_grad()
 def compare(path, inputs):
-    """The largest difference at the real words of every hidden state, and the largest of the hidden states."""
-    hf = need("transformers", "transformers")
-    keep, states = inputs["attention_mask"].bool(), {}
-    for name in ("eager", "fastattn"):
-        model = hf.AutoModel.from_pretrained(path, attn_implementation=name).eval()
-        began = time.process_time()
-        with torch.no_grad():
-            states[name] = model(**inputs, output_hidden_states=True).hidden_states  # (B, L, width) each
-        print(f"  {name:9s}{time.process_time() - began:6.2f} s of process time")
-    differences = [(a - b)[keep].abs().max().item() for a, b in zip(*states.values())]
-    print("  differences layer by layer:", " ".join(f"{d:.1e}" for d in differences))
-    return max(differences), max(x.abs().max().item() for x in states["eager"])
+    """{dtype: (largest difference of a hidden state's number, largest difference of a hidden state relative to its norm)}"""
+    hf, keep, found = need("transformers", "transformers"), inputs["attention_mask"].bool(), {}
+    for dtype in (torch.float32, torch.float64):
+        states = []
+        for name in ("eager", "fastattn"):
+            model = hf.AutoModel.from_pretrained(path, attn_implementation=name, dtype=dtype).eval()
+            began = time.process_time()
+            hidden = model(**inputs, output_hidden_states=True).hidden_states  # (B, L, width) each
+            print(f"  {str(dtype)[6:]} {name:9s}{time.process_time() - began:6.2f} s of process time")
+            states.append([x[keep] for x in hidden])  # at the real words
+        pairs = list(zip(*states, strict=True))
+        largest = [(a - b).abs().max().item() for a, b in pairs]
+        relative = [((a - b).norm() / a.norm()).item() for a, b in pairs]
+        print(f"  largest difference in each layer: {' '.join(f'{d:.1e}' for d in largest)}; of the norm {max(relative):.1e}")
+        found[dtype] = max(largest), max(relative)
+    return found
 
 
 def main(steps=16):

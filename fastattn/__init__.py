@@ -17,7 +17,7 @@ if not (_Path(__file__).parent / "kernels").exists():
     )
 
 from . import batching as _batching  # noqa: F401  (registers the vmap rules)
-from . import nn
+from . import nn  # noqa: F401  (fastattn.nn; not in __all__, where it would hide torch's from a star import)
 from .coords import Coordinates
 from .functional import Explanation, attention, explain, merge, varlen_attention, warmup
 from .integrations import convert, install, uninstall, use
@@ -75,7 +75,6 @@ __all__ = [
     "explain",
     "install",
     "merge",
-    "nn",
     "scaled_dot_product_attention",
     "t5_bucket",
     "uninstall",

@@ -302,3 +302,14 @@ def test_numerics_tell_a_mean_from_none():
     assert rows[mean, "fastattn tiled"] < 2.5e-3
     assert rows[mean, "sdpa"] > 10 * rows["no mean", "sdpa"]
     assert "fastattn tiled" in table.numerics([numerics.Row(mean, "fastattn tiled", {"dq": 1e-3})])
+
+
+def test_hosts_quick(tmp_path):
+    found = suite.run(suite.Options(suites=("hosts",), quick=True))
+    assert [row.model for row in found.hosts][:2] == ["nn.MultiheadAttention", "nn.TransformerEncoder"]
+    section = found.sections()["hosts"]
+    assert "module replaced: 2" in section
+    assert f"torch {torch.__version__}" in section
+    assert "DIFFERS" not in section
+    suite.write(found, tmp_path)
+    assert '"restored": true' in (tmp_path / "results.json").read_text()

@@ -323,6 +323,22 @@ def test_inside_torchs_encoder_in_eval(heads):
     assert_close(got[~padding], expected[~padding])
 
 
+def test_torchs_encoder_hands_nested_tensors_on():
+    """Off its fast path by hooks, torch's encoder still unpads its input."""
+    layer = nn.TransformerEncoderLayer(E, 2, 16, batch_first=True, dtype=D)
+    layer.self_attn = fa.nn.MultiheadAttention(E, 2, batch_first=True, dtype=D)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(N, S, E, dtype=D)
+    padding = torch.arange(S) >= torch.tensor([[S], [4]])
+    expected, nested = encoder(x, src_key_padding_mask=padding), []
+    for module in encoder.layers:
+        module.self_attn.register_forward_pre_hook(lambda _, inputs: nested.append(inputs[0].is_nested))
+    with torch.no_grad():
+        got = encoder(x, src_key_padding_mask=padding)
+    assert nested == [True, True]
+    assert_close(got[~padding], expected[~padding])
+
+
 def test_two_masks_in_eval_without_gradients():
     ours = fa.nn.MultiheadAttention(14, 7, batch_first=True).eval()
     x = torch.rand(8, 5, 14)
@@ -515,6 +531,14 @@ def test_nested_keeps_its_structure():
                 assert y.is_nested
 
 
+def test_devices_without_storage():
+    ours = fa.nn.MultiheadAttention(E, H, batch_first=True, device="meta")
+    x, padding = torch.randn(N, S, E, device="meta"), torch.zeros(N, S, dtype=torch.bool, device="meta")
+    out, weights = ours(x, x, x, key_padding_mask=padding)
+    assert out.shape == x.shape
+    assert weights.shape == (N, S, S)
+
+
 # Compilers
 
 
@@ -538,6 +562,16 @@ def test_compiles_whole(need_weights):
     grads = [torch.autograd.grad(out[0].square().sum(), wrt) for out in (got, expected)]
     for a, b in zip(*grads, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.compile
+def test_nested_compiles_whole():
+    torch._dynamo.reset()
+    ours = fa.nn.MultiheadAttention(E, H, batch_first=True, add_bias_kv=True)
+    compiled = torch.compile(lambda x: ours(x, x, x, need_weights=False)[0], backend="aot_eager", fullgraph=True)
+    for lengths in ((3, 5), (4, 4, 2)):
+        x = torch.nested.nested_tensor([torch.randn(n, E) for n in lengths], layout=torch.jagged)
+        assert_close(compiled(x).values(), ours(x, x, x)[0].values())
 
 
 @pytest.mark.compile
@@ -571,6 +605,7 @@ def wrong_calls():
     hidden = torch.zeros(4, dtype=torch.bool)
     nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=torch.jagged)
     wide = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)], layout=torch.jagged)
+    strided = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)])
     return {
         "key 2-D": ((x, y, x), {}, "key and value must be 3-D like query, got 2-D and 3-D"),
         "value 2-D": ((x, x, y), {}, "key and value must be 3-D like query, got 3-D and 2-D"),
@@ -595,7 +630,9 @@ def wrong_calls():
         "nested and dense": ((nested, x, x), {}, "key must be nested"),
         "dense and nested": ((x, nested, nested), {}, "query must be nested"),
         "nested mask": ((nested, nested, nested), dict(attn_mask=y), "attn_mask must be None for nested tensors"),
-        "nested features": ((wide, wide, wide), {}, "query must have 4 features, got 5"),
+        "nested features": ((wide, wide, wide), {}, r"query must be \(N, ragged length, 4 features\)"),
+        "ragged features": ((nested.transpose(1, 2),) * 3, {}, r"query must be \(N, ragged length, 4 features\)"),
+        "wide strided": ((strided,) * 3, {}, "query must have 4 features, got 5"),
         "empty nested": ((torch.nested.nested_tensor([]),) * 3, {}, "query must be nested of 3 dimensions"),
     }  # fmt: skip
 

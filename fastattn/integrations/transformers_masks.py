@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,11 +148,16 @@ def structure(
     Raises:
         ValueError: a mask of another form.
     """
-    if given is not None and given.dim() == 4:
-        given = given[..., :n_k]
-        return (Dense(given), None) if given.dtype == torch.bool else (None, given)
-    if given is not None and given.dim() != 2:
+    if given is not None and given.dim() not in (2, 4):
         raise ValueError(f"attention_mask must be None or have 2 or 4 dimensions, got shape {tuple(given.shape)}")
+    if given is not None and given.dim() == 4:
+        given = given[..., :n_k] if given.shape[3] > n_k else given
+        if given.dtype != torch.bool:
+            return None, given
+        if given.shape[1] != 1 or given.shape[2] != 1:
+            return Dense(given), None
+        keep = given[:, 0, 0]
+        return _remembered(lambda: keys_kept(keep), given, n_q, n_k, None, None), None
     if given is not None:
         causal = given.dtype != torch.uint8
     shape = _shape(causal, window)
@@ -159,21 +165,26 @@ def structure(
         return Documents(cu_seqlens=cu_q, cu_seqlens_k=cu_k, within=shape), None
     if given is None:
         return shape, None
-    key: tuple[Any, ...] = (id(given), n_q, n_k, causal, window)
-    usable = not torch.compiler.is_compiling() and type(given) is Tensor and not given.is_inference()
-    if usable:
-        key += (given._version,)
-        found = _lowered.get(key)
-        if found is not None and found[0]() is given:
-            return found[1], None
-    made: Mask = Documents(ids=given, within=shape) if given.dtype == torch.int32 else keys_kept(given.bool()) & shape
-    if not usable:
-        return made, None
-    lowered = made.lower(n_q, n_k, given.device)
+    if given.dtype == torch.int32:
+        return _remembered(lambda: Documents(ids=given, within=shape), given, n_q, n_k, causal, window), None
+    return _remembered(lambda: keys_kept(given.bool()) & shape, given, n_q, n_k, causal, window), None
+
+
+def _remembered(
+    make: Callable[[], Mask], given: Tensor, n_q: int, n_k: int, causal: bool | None, window: int | None
+) -> Mask | LoweredMask:
+    """The mask that `make` makes of the tensor `given`, lowered once for all layers that share it."""
+    if torch.compiler.is_compiling() or type(given) is not Tensor or given.is_inference():
+        return make()
+    key = (id(given), given._version, n_q, n_k, causal, window)
+    found = _lowered.get(key)
+    if found is not None and found[0]() is given:
+        return found[1]
+    lowered = make().lower(n_q, n_k, given.device)
     while len(_lowered) >= REMEMBERED:
         _lowered.pop(next(iter(_lowered)), None)
     _lowered[key] = (weakref.ref(given), lowered)
-    return lowered, None
+    return lowered
 
 
 def _shape(causal: bool, window: int | None) -> Mask:

@@ -68,8 +68,8 @@ def _packed(name: str, x: Tensor, features: int) -> Packed:
             f"is; got {x.dim()}-D{'' if x.is_nested else ' dense'}"
         )
     if x.layout == torch.jagged:
-        if isinstance(x.size(1), int):
-            raise ArgumentError(f"{name} must be ragged in its second dimension, got shape {tuple(x.shape)}")
+        if x.size(2) != features:  # nor is a ragged length equal to any int
+            raise ArgumentError(f"{name} must be (N, ragged length, {features} features), got shape {tuple(x.shape)}")
         if x.lengths() is not None:  # type: ignore[attr-defined]
             raise ArgumentError(f"{name} must be a jagged nested tensor without holes (made without lengths); copy it first")
         found = Packed(x.values(), x.offsets())  # type: ignore[attr-defined]

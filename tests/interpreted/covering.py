@@ -3,7 +3,8 @@
 import pytest
 import torch
 from device_cases import DEVICE, MASKS
-from test_covering import FACTORS, check, describe, pairwise
+from pairs import pairwise
+from test_covering import FACTORS, check, describe
 
 ROWS = pairwise(
     {
