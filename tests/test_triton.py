@@ -260,7 +260,8 @@ def test_lengths_beyond_16_are_two_variants_of_every_kernel(name, square, head_d
     variants = {}
     for n in LENGTHS:
         n_k = n if square else 2 * n + 1
-        q, k = (torch.empty(2, length, h, head_dim, dtype=torch.bfloat16).transpose(1, 2) for length, h in ((n, HEADS), (n_k, 2)))
+        shapes = (2, n, HEADS, head_dim), (2, n_k, 2, head_dim)
+        q, k = (torch.empty(shape, dtype=torch.bfloat16).transpose(1, 2) for shape in shapes)
         score, mask = VARYING[name](n, n_k)
         p = functional.problem(q, k, k, mask, score, None, None, 0.0, "tiled", None, None)
         for i, recorded in enumerate(offline.recorded(dataclasses.replace(p, param_grads=True), "sm_90", 2)):
