@@ -40,11 +40,11 @@ def part(x, entries, rows):
 @pytest.mark.parametrize("mask", [CAUSAL, fa.SinkTokens(4) | WINDOW])
 def test_batch_size_and_position_in_the_batch(mask, deterministic):
     """Programs of the kernels know one batch entry: their bits are the same in every mode."""
-    x = make(4, 40, torch.float16)
-    order = torch.tensor([3, 0])
+    x = make(3, 40, torch.float16)
+    order = torch.tensor([2, 0])
     whole = run(x, deterministic, mask=mask)
     assert_same(part(whole, order, slice(None)), run(part(x, order, slice(None)), deterministic, mask=mask))
-    one = slice(3, 4)
+    one = slice(2, 3)
     assert_same(part(whole, one, slice(None)), run(part(x, one, slice(None)), deterministic, mask=mask))
 
 
@@ -89,17 +89,17 @@ def test_packed_neighbours():
             assert_same(ours, alone[name])
 
 
-@pytest.mark.parametrize("mask", ["documents", "sinks_window", "dense"])
+@pytest.mark.parametrize("mask", ["documents", "dense"])
 def test_the_same_function(mask):
     """With sinks, a chain of scores and their gradients."""
     found = []
     for mode in (MODE, None):
-        q, k, v = (y.to(DEVICE) for y in cases.tensors(2, 2, 1, 40, 50, 8, 8, torch.float32))
-        scores = cases.SCORES["chain"](2, 2, 40, 50, torch.float32)
+        q, k, v = (y.to(DEVICE) for y in cases.tensors(1, 2, 1, 40, 50, 8, 8, torch.float32))
+        scores = cases.SCORES["chain"](1, 2, 40, 50, torch.float32)
         scores = tuple(s.with_params(tuple(y.detach().to(DEVICE).requires_grad_() for y in s.params)) for s in scores)
         sinks = torch.ones(2, device=DEVICE, requires_grad=True)
         out, lse = fa.attention(
-            q, k, v, mask=cases.MASKS[mask](2, 2, 40, 50), score=scores, sinks=sinks, return_lse=True, backend="triton",
+            q, k, v, mask=cases.MASKS[mask](1, 2, 40, 50), score=scores, sinks=sinks, return_lse=True, backend="triton",
             deterministic=mode,
         )  # fmt: skip
         wanted = [q, k, v, sinks, *(y for s in scores for y in s.params)]
