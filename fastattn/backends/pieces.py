@@ -87,14 +87,13 @@ def alone(p: Problem, piece: Piece) -> Problem:
     n_q, n_k = _whole(piece.rows), _whole(piece.keys)
     dense = [_part(x.tensor, piece, n_q, n_k) for x in p.mask.predicates if isinstance(x, DensePredicate)]
     custom = [x for x in p.mask.predicates if not isinstance(x, DensePredicate)]
-    always = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=p.q.device)  # so that no tile goes without its mask
     more = n_q - size_of(piece.rows)
     spans = F.pad(piece.start, (0, more)), F.pad(piece.stop, (0, more))
     params = [tuple(_copy(piece.lead(x)).to(p.acc_dtype) for x in score.params) for score in p.scores]
     own = dataclasses.replace(
         p,
         q=_filled(piece.q(p.q), n_q), k=_filled(piece.k(p.k), n_k), v=_filled(piece.k(p.v), n_k),
-        mask=LoweredMask(n_q, n_k, None, spans, (*map(DensePredicate, dense), *custom, DensePredicate(always))),
+        mask=LoweredMask(n_q, n_k, None, spans, (*map(DensePredicate, dense), *custom)),
         scores=tuple(score.with_params(own) for score, own in zip(p.scores, params, strict=True)),
         sinks=None if p.sinks is None else _copy(piece.lead(p.sinks)),
         rng=None if p.rng is None else p.rng[piece.entry // p.n_b_coords][None],

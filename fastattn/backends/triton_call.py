@@ -97,6 +97,9 @@ def _mask_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any,
         else:
             data.append(())
             functions.append(predicate.triton_fn)
+    if p.invariant:
+        data.append(())
+        functions.append(masks.always)
     spans, rows = p.mask.spans, p.mask.rows
     hulls = [hull(x.tensor) for x in p.mask.predicates if isinstance(x, DensePredicate) and x.tensor.shape[3] > 1]
     if spans is None or len(spans) > 1 or hulls:
