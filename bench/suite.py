@@ -114,6 +114,9 @@ def run(options: Options) -> Results:
     chosen = models.select(list(options.only) or None, options.device)
     results = Results({**environment.describe(), **_when(options)})
     try:
+        if options.device == "cuda":
+            told = models.first_call(chosen[0], options.device)
+            results.notes.append(f"{told}: kernels were compiled, or read from Triton's cache; fastattn.warmup does it ahead")
         with timing.threads(options.threads):
             if "models" in options.suites:
                 _models(options, chosen, results)

@@ -128,7 +128,7 @@ def dense_hull(
     """The span from the first to the last visible key of every row of a bool tensor; [0, 0) where there is none."""
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, False)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
-    mask += b * strides[0] + h * strides[1]
+    mask = plane_of(mask, b, h, strides)
     first, last = tl.full([BLOCK_Q], n_k, tl.int32), tl.full([BLOCK_Q], 0, tl.int32)
     for k0 in tl.range(0, n_k, BLOCK_K):
         k_idx = k0 + tl.arange(0, BLOCK_K)
@@ -143,6 +143,12 @@ def dense_hull(
 
 
 @jit
+def plane_of(x, b, h, strides):
+    """Where the plane of an entry and a head begins; both strides are pairs that add up (scores/base.py says why)."""
+    return x + b * (strides[0][0] + strides[0][1]) + h * (strides[1][0] + strides[1][1])
+
+
+@jit
 def plane_offset(q, k, strides, wide):
     """Where (q, k) is in a plane with strides[2:]: 32 bits, half the registers of 64, unless `wide` is given."""
     if wide is None:
@@ -152,11 +158,17 @@ def plane_offset(q, k, strides, wide):
 
 
 @jit
+def always(b, h, q_idx, k_idx):
+    """A predicate that hides nothing: with one no tile goes without its mask, and tiles come in one order."""
+    return k_idx == k_idx
+
+
+@jit
 def predicates(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
     """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape."""
     for i in tl.static_range(len(PREDICATES)):
         if PREDICATES[i] is None:
-            x = mask[1][i][0] + at[4] * mask[1][i][1][0] + at[5] * mask[1][i][1][1]
+            x = plane_of(mask[1][i][0], at[4], at[5], mask[1][i][1])
             seen = seen & (tl.load(x + plane_offset(q_idx, k_idx, mask[1][i][1], mask[1][i][2])) != 0)
         else:
             seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])

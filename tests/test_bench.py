@@ -1,6 +1,7 @@
 """The benchmark's own judgement: what it calls equal, wrong or slower, and what it writes."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -280,6 +281,11 @@ def test_a_whole_run(monkeypatch, tmp_path):
     assert data["models"][0]["peers"]["fastattn"]["ratio"] == [1.0, 1.0, 1.0]
     assert data["environment"]["torch"] == torch.__version__
     assert files[1].read_text().startswith("## models")
+
+
+def test_the_first_call_is_told():
+    text = models.first_call(SMALL[0], "cpu")
+    assert re.fullmatch(rf"the first forward and backward of {SMALL[0].name} took [\d.]+ s, the second [\d.]+ ms", text)
 
 
 def test_an_interrupted_run_keeps_what_it_has(monkeypatch):

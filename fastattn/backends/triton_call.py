@@ -14,7 +14,7 @@ from ..kernels.launch import Launch, launch, padded
 from ..masks import DensePredicate
 from ..problem import Problem
 from ..scores import Pointwise, Score
-from ..scores.base import wide_plane
+from ..scores.base import plane_strides, wide_plane
 from .facts import facts
 
 REACH = 1 << 31  # elements that an offset inside a tile can span
@@ -92,11 +92,14 @@ def _mask_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any,
     for predicate in p.mask.predicates:
         if isinstance(predicate, DensePredicate):
             x = predicate.tensor
-            data.append((x.view(torch.uint8), strides_of(x, 4), wide_plane(x)))
+            data.append((x.view(torch.uint8), plane_strides(x), wide_plane(x)))
             functions.append(None)
         else:
             data.append(())
             functions.append(predicate.triton_fn)
+    if p.invariant:
+        data.append(())
+        functions.append(masks.always)
     spans, rows = p.mask.spans, p.mask.rows
     hulls = [hull(x.tensor) for x in p.mask.predicates if isinstance(x, DensePredicate) and x.tensor.shape[3] > 1]
     if spans is None or len(spans) > 1 or hulls:
@@ -120,7 +123,7 @@ def hull(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(start, stop), int32 (B|1, H|1, 1, Lq|1): the keys of a bool tensor outside of which a row sees nothing."""
     n_b, n_h, n_q, n_k = mask.shape
     start, stop = (torch.empty(n_b, n_h, 1, n_q, dtype=torch.int32, device=mask.device) for _ in range(2))
-    strides, how = strides_of(mask, 4), Launch(64, 64, 4, 1)
+    strides, how = plane_strides(mask), Launch(64, 64, 4, 1)
     with on_device(mask):
         run(
             masks.dense_hull, cdiv(n_q, how.block_q) * n_b * n_h, how,
