@@ -11,11 +11,12 @@ tscores has their arguments with the tangent in the parameter's place.
 """
 
 from .backward import weights
-from .chain import apply_scores, place
+from .chain import apply_scores
 from .dropout import kept
-from .masks import key_range, predicates, row_range, row_spans
+from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
 from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
 @jit
@@ -33,33 +34,29 @@ def push_scores(ds, s, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.con
 
 
 @jit
-def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr):
-    """(g, dg) in front of the chain from those behind it: the gradient of the scores and its tangent."""
-    for i in tl.static_range(len(SCORES)):
+def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr, first: tl.constexpr):
+    """(g, dg) in front of modifier `first` from those behind the chain: the gradient of the scores and its tangent."""
+    for i in tl.static_range(len(SCORES) - first):
         if SCORES[len(SCORES) - 1 - i][0]:
             before = apply_scores(s, at, scores, SCORES, len(SCORES) - 1 - i)
             dbefore = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES) - 1 - i)
-            first = SCORES[len(SCORES) - 1 - i][2](before, scores[len(SCORES) - 1 - i])
-            dg = dg * first + g * dbefore * SCORES[len(SCORES) - 1 - i][3](before, scores[len(SCORES) - 1 - i])
-            g = g * first
+            slope = SCORES[len(SCORES) - 1 - i][2](before, scores[len(SCORES) - 1 - i])
+            dg = dg * slope + g * dbefore * SCORES[len(SCORES) - 1 - i][3](before, scores[len(SCORES) - 1 - i])
+            g = g * slope
     return g, dg
 
 
 @jit
 def jvp_tiles(
-    acc, mean, q, tq, lse2, k, v, tk, tv, strides, start, stop, q_idx, b, h, first, last, lo, hi, jump_at, jump, scale, size,
-    n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    acc, mean, q, tq, lse2, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc += Z p (A. v + v.) and mean += p A. over the key tiles from lo to hi."""
+    """acc += Z p (A. v + v.) and mean += p A. over one run of a walk."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    for tile in tl.range(lo, hi, BLOCK_K):
-        k0 = tile
-        if MASKED:
-            k0 = tl.where(tile < jump_at, tile, tile + jump)
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        near = tl.minimum(k_idx, size[1] - 1)
-        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    run = run_of(walk, FLAGS, BLOCK_K, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_K):
+        k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
@@ -70,15 +67,14 @@ def jvp_tiles(
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         change = p * change
         if MASKED:
-            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
-            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
         mean += tl.sum(change, 1)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             p, change = tl.where(keep, p, 0.0), tl.where(keep, change, 0.0)
         acc = dot_add(rounded(change, v_tile.dtype), v_tile, acc, PRECISION)
         acc = dot_add(rounded(p, v_tile.dtype), tv_tile, acc, PRECISION)
@@ -95,6 +91,7 @@ def forward_jvp(
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     V_DIM: tl.constexpr = DIMS[3]
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -109,18 +106,16 @@ def forward_jvp(
     acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
     mean = tl.zeros([BLOCK_Q], tl.float32)
     for r in tl.range(0, SPANS, num_stages=1):
-        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
-        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
+        start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+        rows = (near, start_k, stop_k, b, h)
         acc, mean = jvp_tiles(
-            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, first_key, last_key, near, b, h, first, last,
-            full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
-            PRECISION, False,
+            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores, FLAGS,
+            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         acc, mean = jvp_tiles(
-            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, first_key, last_key, near, b, h, first, last,
-            lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
-            PRECISION, True,
+            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores, FLAGS,
+            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, True,
         )  # fmt: skip
     if tsinks is not None:
         sink = tl.load(sinks + b * strides[9][0] + h * strides[9][1]).to(tl.float32)
@@ -139,33 +134,33 @@ def forward_jvp(
 
 @jit
 def tangent_tile(
-    product, change, dp, tdp, lse2, tlse, delta, tdelta, at, scale, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr
+    product, change, dp, tdp, lse2, tlse, delta, tdelta, at, scale, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    first: tl.constexpr,
 ):  # fmt: skip
-    """(p, p u, x, x.) of a tile from its raw products q k', q. k' + q k.', Z do v' and Z (do v.' + do. v')."""
+    """(p, p u, x, x.) of a tile from its raw products q k', q. k' + q k.', Z do v' and Z (do v.' + do. v').
+
+    x and x. are the gradient in front of modifier `first` and its tangent: of the scores themselves with 0.
+    """
     s, ds = product * scale, change * scale
     p, _ = weights(product, lse2, at, scale, scores, SCORES, len(SCORES))
     u = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES)) - tlse
     r = dp - delta
-    x, tx = pull_tangents(p * r, p * (u * r + tdp - tdelta), s, ds, at, scores, tscores, SCORES, PUSHED)
+    x, tx = pull_tangents(p * r, p * (u * r + tdp - tdelta), s, ds, at, scores, tscores, SCORES, PUSHED, first)
     return p, p * u, x, tx
 
 
 @jit
 def dq_jvp_tiles(
-    dq, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, start, stop, q_idx, b, h, first, last, lo, hi,
-    jump_at, jump, scale, size, n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
-    PUSHED: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr,
-    MASKED: tl.constexpr,
+    dq, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores,
+    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += x. k + x k. over the key tiles from lo to hi."""
+    """dq += x. k + x k. over one run of a walk."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    for tile in tl.range(lo, hi, BLOCK_K):
-        k0 = tile
-        if MASKED:
-            k0 = tl.where(tile < jump_at, tile, tile + jump)
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        near = tl.minimum(k_idx, size[1] - 1)
-        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    run = run_of(walk, FLAGS, BLOCK_K, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_K):
+        k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
@@ -177,15 +172,14 @@ def dq_jvp_tiles(
         if TDO:
             tdp = dot_add(tdo, tl.trans(v_tile), tdp, PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         _, _, x, tx = tangent_tile(
             product, change, dp, tdp, lse2[:, None], tlse[:, None], delta[:, None], tdelta[:, None], at, scale, data[2],
-            tscores, SCORES, PUSHED,
+            tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
-            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
@@ -206,6 +200,7 @@ def backward_dq_jvp(
     HEAD_DIM: tl.constexpr = DIMS[1]
     TDO: tl.constexpr = tdo is not None
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -223,38 +218,33 @@ def backward_dq_jvp(
     row_delta, row_tdelta = tl.load(delta + row), tl.load(tdelta + row)
     dq = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
     for r in tl.range(0, SPANS, num_stages=1):
-        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
-        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
+        start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+        rows = (near, start_k, stop_k, b, h)
         dq = dq_jvp_tiles(
-            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
-            first_key, last_key, near, b, h, first, last, full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides, walk,
+            rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         dq = dq_jvp_tiles(
-            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
-            first_key, last_key, near, b, h, first, last, lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores,
-            FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides, walk,
+            rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
         )  # fmt: skip
     store_rows(head_of(dq_out, b, h, strides[8]), dq * scale, q0, strides[8], n_q, BLOCK_Q, DIMS[0], DIMS[1])
 
 
 @jit
 def dkdv_jvp_tiles(
-    dk, dv, k, v, tk, tv, q, tq, do, tdo, lse2, tlse, delta, tdelta, strides, k_idx, k0, r, b, h, lo, hi, jump_at, jump, scale,
-    size, n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    dk, dv, k, v, tk, tv, q, tq, do, tdo, lse2, tlse, delta, tdelta, strides, walk, columns, k0, scale, call, tscores,
+    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk += x.' q + x' q. and dv += (Z p u)' do + (Z p)' do. over the query tiles from lo to hi."""
+    """dk += x.' q + x' q. and dv += (Z p u)' do + (Z p)' do. over one run of a walk."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
-    n_q, near_k = size[0], tl.minimum(k_idx, size[1] - 1)
-    for tile in tl.range(lo, hi, BLOCK_Q):
-        q0 = tile
-        if MASKED:
-            q0 = tl.where(tile < jump_at, tile, tile + jump)
-        q_idx = q0 + tl.arange(0, BLOCK_Q)
-        near = tl.minimum(q_idx, n_q - 1)
-        at = place(data[1], b, h, near[None, :], near_k[:, None], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    n_q = size[0]
+    run = run_of(walk, FLAGS, BLOCK_Q, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_Q):
+        q0, q_idx, at = query_tile(step, run, columns, call, FLAGS, BLOCK_Q, MASKED)
         q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         tq_tile = load_rows(tq, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         do_tile = load_rows(do, q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
@@ -266,16 +256,14 @@ def dkdv_jvp_tiles(
             tdo_tile = load_rows(tdo, q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
             tdp = dot_add(v, tl.trans(tdo_tile), tdp, PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         p, pu, x, tx = tangent_tile(
             product, change, dp, tdp, tl.load(lse2 + q_idx)[None, :], tl.load(tlse + q_idx)[None, :],
-            tl.load(delta + q_idx)[None, :], tl.load(tdelta + q_idx)[None, :], at, scale, data[2], tscores, SCORES, PUSHED,
+            tl.load(delta + q_idx)[None, :], tl.load(tdelta + q_idx)[None, :], at, scale, data[2], tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            first, last = row_spans(data[0], r, b, h, q_idx, q_idx < n_q, size, FLAGS)
-            seen = (k_idx[:, None] >= first[None, :]) & (k_idx[:, None] < last[None, :])
-            seen = predicates(seen, data[0], at, near[None, :], near_k[:, None], PREDICATES)
+            seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
             p, pu = tl.where(seen, p, 0.0), tl.where(seen, pu, 0.0)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
         if FLAGS[7]:
@@ -290,8 +278,8 @@ def dkdv_jvp_tiles(
 
 @kernel
 def backward_dkdv_jvp(
-    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dk_out, dv_out, data, tscores, bounds, strides, scale, n_q, n_k,
-    start, stop, q_at, k_at, n_kv, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
+    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dk_out, dv_out, data, tscores, strides, scale, n_q, n_k, start,
+    stop, q_at, k_at, n_kv, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
     PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -301,6 +289,7 @@ def backward_dkdv_jvp(
     V_DIM: tl.constexpr = DIMS[3]
     TDO: tl.constexpr = tdo is not None
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     k0, b, kv = program_tile(n_k, n_kv, BLOCK_K, False)
     k_idx = k0 + tl.arange(0, BLOCK_K)
     k_tile = load_rows(head_of(k, b, kv, strides[1]), k0, strides[1], 0, n_k, BLOCK_K, DIMS[0], DIMS[1], True)
@@ -311,7 +300,8 @@ def backward_dkdv_jvp(
     dv = tl.zeros([BLOCK_K, V_DIM], tl.float32)
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
-        lo, full_lo, full_hi, hi = row_range(data[0], bounds, r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS[0], BLOCK_K)
+        walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
+        columns = (k_idx, r, b, h)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[6])
         tq_head, tdo_head = head_of(tq, b, h, strides[3]), do_head
         if TDO:
@@ -319,14 +309,13 @@ def backward_dkdv_jvp(
         row = (b * n_kv * GROUP + h) * n_pad
         dk, dv = dkdv_jvp_tiles(
             dk, dv, k_tile, v_tile, tk_tile, tv_tile, q_head, tq_head, do_head, tdo_head, lse2 + row, tlse + row, delta + row,
-            tdelta + row, strides, k_idx, k0, r, b, h, full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+            tdelta + row, strides, walk, columns, k0, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
+            PRECISION, TDO, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         dk, dv = dkdv_jvp_tiles(
             dk, dv, k_tile, v_tile, tk_tile, tv_tile, q_head, tq_head, do_head, tdo_head, lse2 + row, tlse + row, delta + row,
-            tdelta + row, strides, k_idx, k0, r, b, h, lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+            tdelta + row, strides, walk, columns, k0, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
+            PRECISION, TDO, True,
         )  # fmt: skip
     if FLAGS[7]:
         dv = dv * data[3][3]

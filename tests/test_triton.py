@@ -109,7 +109,7 @@ def test_kernels_import_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import torch, fastattn as fa\n"
         "from fastattn.backends import triton\n"
-        "from fastattn.kernels import backward, chain, dropout, forward, grads, launch, masks, scores, shim, tiles\n"
+        "from fastattn.kernels import backward, chain, dense, dropout, forward, grads, launch, masks, scores, shim, tangents, tiles, walk\n"
         "assert not shim.PRESENT\n"
         "q = torch.zeros(1, 1, 2, 8)\n"
         "try: fa.attention(q, q, q, backend='triton')\n"
