@@ -3,10 +3,9 @@
     cell_map     one byte per cell of CELL x CELL pairs: 1 if any is visible, plus 2 if any is hidden, over all bool tensors
     tile_lists   for every tile of a pass the tiles of the other side that it visits, spans included: plain ones, then mixed
 
-Cells are smaller than any tile and divide it, so one map serves passes of any tile size. A tensor that broadcasts over rows
-or keys has one cell there. FLAGS[9] is 1 with a map, 2 with one and predicates that it does not know of. mask[2] of a pass is
-(lists, how many spans an entry and a head are apart, elements of a span's lists), or (cells, strides) where a kernel asks
-tile by tile.
+Cells are smaller than any tile and divide it, so one map serves passes of any tile size. FLAGS[9] is 1 with a map, 2 with one
+and predicates that it does not know of; FLAGS[10] and [11] say whether it tells rows, and keys, apart. mask[2] of a pass is
+(lists, how many spans an entry and a head are apart), or, where a kernel asks tile by tile, (cells, how many planes they are).
 """
 
 from .masks import key_range, row_range, row_spans, shown
@@ -41,20 +40,26 @@ def cell_map(mask, cells, n_q, n_k, n_h, PREDICATES: tl.constexpr, BLOCK_Q: tl.c
 
 
 @jit
-def tile_class(cells, strides, q_tile, k_tile, size, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_class(tile_map, b, h, q_tile, k_tile, size, FLAGS: tl.constexpr, BLOCKS: tl.constexpr):
     """(whether any pair of a tile is visible, whether any is hidden), of tiles by number. # [CHUNK]"""
-    PER_Q: tl.constexpr = BLOCK_Q // CELL
-    PER_K: tl.constexpr = BLOCK_K // CELL
+    PER_Q: tl.constexpr = BLOCKS[0] // CELL
+    PER_K: tl.constexpr = BLOCKS[1] // CELL
+    q_cells, k_cells = tl.cdiv(size[0], CELL), tl.cdiv(size[1], CELL)
     cell = tl.arange(0, PER_Q * PER_K)[None, :]
     q_cell, k_cell = (q_tile * PER_Q)[:, None] + cell // PER_K, (k_tile * PER_K)[:, None] + cell % PER_K
-    inside = (q_cell < tl.cdiv(size[0], CELL)) & (k_cell < tl.cdiv(size[1], CELL))
-    found = tl.load(cells + q_cell.to(tl.int64) * strides[2] + k_cell * strides[3], mask=inside, other=0).to(tl.int32)
+    inside = (q_cell < q_cells) & (k_cell < k_cells)
+    if not FLAGS[10]:
+        q_cell, q_cells = q_cell * 0, q_cells * 0 + 1
+    if not FLAGS[11]:
+        k_cell, k_cells = k_cell * 0, k_cells * 0 + 1
+    at = ((b * tile_map[1] + h * tile_map[2]) * q_cells + q_cell) * k_cells + k_cell
+    found = tl.load(tile_map[0] + at, mask=inside, other=0).to(tl.int32)
     return tl.max(found & 1, 1) > 0, tl.max(found, 1) > 1
 
 
 @kernel
 def tile_lists(
-    mask, cells, lists, strides, n_q, n_k, start, stop, q_at, k_at, n_h, FLAGS: tl.constexpr, SPANS: tl.constexpr,
+    mask, tile_map, lists, n_q, n_k, start, stop, q_at, k_at, n_h, FLAGS: tl.constexpr, SPANS: tl.constexpr,
     BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The list of one tile and span: how many are plain, how many mixed; plain tiles from the front, mixed from the back.
@@ -80,15 +85,14 @@ def tile_lists(
         first, last = row_spans(mask, r, b, h, q_idx, q_idx < n_q, size, FLAGS)
         lo, full_lo, full_hi, hi, _, _ = key_range(first, last, q_idx < n_q, n_k, BLOCK_K, False)
     to = lists + (spans * n_own + own) * (n + 2)
-    cells += b * strides[0] + h * strides[1]
     plain, mixed = 0, 0
     for at in tl.range(lo // BLOCK, tl.cdiv(hi, BLOCK), CHUNK):
         tile = at + tl.arange(0, CHUNK)
         same = own + tl.zeros([CHUNK], tl.int32)
         if COLUMNS:
-            some, hidden = tile_class(cells, strides, tile, same, size, BLOCK_Q, BLOCK_K)
+            some, hidden = tile_class(tile_map, b, h, tile, same, size, FLAGS, BLOCKS)
         else:
-            some, hidden = tile_class(cells, strides, same, tile, size, BLOCK_Q, BLOCK_K)
+            some, hidden = tile_class(tile_map, b, h, same, tile, size, FLAGS, BLOCKS)
         some = some & (tile * BLOCK < hi)
         full = some & (hidden == 0) & (tile * BLOCK >= full_lo) & (tile * BLOCK < full_hi)
         if FLAGS[9] == 2:

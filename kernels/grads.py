@@ -35,11 +35,10 @@ def walk(tile, n_q, n_k, SHAPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl
 
 
 @jit
-def tile_at(tile_map, q0, k0, b, h, size, BLOCKS: tl.constexpr):
+def tile_at(tile_map, q0, k0, b, h, size, FLAGS: tl.constexpr, BLOCKS: tl.constexpr):
     """`tile_class` of one tile by its first row and key."""
-    one, strides = tl.arange(0, 1), tile_map[1]
-    cells = tile_map[0] + b * strides[0] + h * strides[1]
-    some, hidden = tile_class(cells, strides, one + q0 // BLOCKS[0], one + k0 // BLOCKS[1], size, BLOCKS[0], BLOCKS[1])
+    one = tl.arange(0, 1)
+    some, hidden = tile_class(tile_map, b, h, one + q0 // BLOCKS[0], one + k0 // BLOCKS[1], size, FLAGS, BLOCKS)
     return tl.max(some.to(tl.int32), 0) > 0, tl.max(hidden.to(tl.int32), 0) > 0
 
 
@@ -86,7 +85,7 @@ def gradient_tile(
     some = tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0
     hides = some
     if FLAGS[9]:
-        any_seen, any_hidden = tile_at(data[0][2], q0, k0, b, h, size, BLOCKS)
+        any_seen, any_hidden = tile_at(data[0][2], q0, k0, b, h, size, FLAGS, BLOCKS)
         some = some & any_seen
         hides = any_hidden | (FLAGS[9] == 2)
     if some:

@@ -15,9 +15,9 @@ from .shim import jit, tl
 
 
 @jit
-def listed(lists, r, b, h, tile, n):
-    """The walk of a tile and span by its list, which has n entries: full tiles from its front, mixed ones from its back."""
-    at = lists[0] + (b * lists[1] + h * lists[2] + r) * lists[3] + tile.to(tl.int64) * (n + 2)
+def listed(lists, r, b, h, tile, n_own, n):
+    """The walk of a tile, one of n_own, and a span by its list of up to n tiles: full ones from its front, mixed from its back."""
+    at = lists[0] + ((b * lists[1] + h * lists[2] + r) * n_own + tile) * (n + 2)
     return at + 2, tl.load(at), tl.load(at + 1), n
 
 
@@ -26,7 +26,8 @@ def key_walk(mask, r, b, h, q0, start, stop, ok, size, FLAGS: tl.constexpr, PRED
     """(walk over the key tiles of the rows from q0 on, first, last): keys [first, last) are those that it may load."""
     lo, full_lo, full_hi, hi, first, last = key_range(start, stop, ok, size[1], BLOCKS[1], len(PREDICATES) > 0)
     if FLAGS[9]:
-        return listed(mask[2], r, b, h, q0 // BLOCKS[0], tl.cdiv(size[1], BLOCKS[1])), first, last
+        q_tiles, k_tiles = tl.cdiv(size[0], BLOCKS[0]), tl.cdiv(size[1], BLOCKS[1])
+        return listed(mask[2], r, b, h, q0 // BLOCKS[0], q_tiles, k_tiles), first, last
     else:
         return (lo, full_lo, full_hi, hi), first, last
 
@@ -35,7 +36,8 @@ def key_walk(mask, r, b, h, q0, start, stop, ok, size, FLAGS: tl.constexpr, PRED
 def query_walk(mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, BLOCKS: tl.constexpr):
     """The walk over the query tiles that see the key tile at k0 through span r."""
     if FLAGS[9]:
-        return listed(mask[2], r, b, h, k0 // BLOCKS[1], tl.cdiv(size[0], BLOCKS[0]))
+        q_tiles, k_tiles = tl.cdiv(size[0], BLOCKS[0]), tl.cdiv(size[1], BLOCKS[1])
+        return listed(mask[2], r, b, h, k0 // BLOCKS[1], k_tiles, q_tiles)
     else:
         return row_range(mask, r, b, h, k0, size, FLAGS, len(PREDICATES) > 0, BLOCKS[0], BLOCKS[1])
 

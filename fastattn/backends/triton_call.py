@@ -43,7 +43,7 @@ class Call(NamedTuple):
     """A Problem as the arguments that all kernels share."""
 
     data: tuple[Any, ...]  # of the mask, the coordinates, the scores and dropout
-    flags: tuple[int, ...]  # what is static: of the spans (3), the coordinates (4), dropout (2) and the tile map
+    flags: tuple[int, ...]  # what is static: of the spans (3), the coordinates (4), dropout (2) and the tile map (1 or 3)
     predicates: tuple[Any, ...]
     chain: tuple[tuple[Any, ...], ...]
     ints: tuple[int, ...]  # n_q, n_k, start, stop, q_at, k_at

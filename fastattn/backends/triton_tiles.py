@@ -16,7 +16,7 @@ from ..kernels.launch import Launch
 from ..masks import DensePredicate
 from ..problem import Problem
 from . import triton_call
-from .triton_call import Call, cdiv, on_device, strides_of
+from .triton_call import Call, cdiv, on_device
 
 CELL = 16  # kernels/dense.py
 BLOCK = Launch(64, 128, 4, 1)  # of the map's pass over the mask
@@ -26,11 +26,14 @@ CHUNK = 64  # tiles of a list that are looked up at once
 def prepare(p: Problem) -> Call:
     """The arguments that every kernel of p takes, with the tile map of its bool tensors."""
     call = triton_call.prepare(p)
-    return call._replace(cells=cell_map(p, call)) if call.flags[9] else call
+    if not call.flags[9]:
+        return call
+    cells, apart = cell_map(p, call)
+    return call._replace(cells=cells, flags=(*call.flags, *apart))
 
 
-def cell_map(p: Problem, call: Call) -> Tensor:
-    """The classes of all cells: int8 (B|1, H|1, cells of rows|1, cells of keys|1), smaller where the tensors broadcast."""
+def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
+    """The classes of all cells, int8 (B|1, H|1, cells of rows|1, cells of keys|1), and whether they tell rows and keys apart."""
     shapes = [x.tensor.shape for x in p.mask.predicates if isinstance(x, DensePredicate)]
     n_b, n_h, n_q, n_k = torch.broadcast_shapes(*shapes)
     cells = torch.empty(n_b, n_h, cdiv(n_q, CELL), cdiv(n_k, CELL), dtype=torch.int8, device=p.q.device)
@@ -40,7 +43,7 @@ def cell_map(p: Problem, call: Call) -> Tensor:
         triton_call.run(
             dense.cell_map, programs, BLOCK, mask, cells, n_q, n_k, n_h, call.predicates, BLOCK.block_q, BLOCK.block_k
         )
-    return cells
+    return cells, (int(n_q > 1), int(n_k > 1))
 
 
 def row_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
@@ -58,7 +61,12 @@ def column_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
 
 def tile_pass(call: Call) -> tuple[Any, ...]:
     """call.data for a pass that looks tiles up one by one."""
-    return call.data if call.cells is None else _with(call, (call.cells, strides_of(call.cells, 4)))
+    return call.data if call.cells is None else _with(call, _map_args(call.cells))
+
+
+def _map_args(cells: Tensor) -> tuple[Any, ...]:
+    n_b, n_h = cells.shape[:2]
+    return cells, (n_h if n_b > 1 else 0), int(n_h > 1)
 
 
 def _with(call: Call, tiles: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -87,10 +95,10 @@ def _lists(p: Problem, call: Call, how: Launch, mask: tuple[Any, ...], columns: 
     lists = torch.empty(n_b, n_h, call.spans, own, 2 + others, dtype=torch.int32, device=p.q.device)
     with on_device(p.q):
         triton_call.run(
-            dense.tile_lists, own * n_b * n_h * call.spans, Launch(0, 0, 4, 1), mask, call.cells, lists,
-            strides_of(call.cells, 4), *call.ints, n_h, call.flags, call.spans, (how.block_q, how.block_k), columns, CHUNK,
+            dense.tile_lists, own * n_b * n_h * call.spans, Launch(0, 0, 4, 1), (mask[0], (), mask[2]),
+            _map_args(call.cells), lists, *call.ints, n_h, call.flags, call.spans, (how.block_q, how.block_k), columns, CHUNK,
         )  # fmt: skip
-    return lists, (n_h * call.spans if n_b > 1 else 0), (call.spans if n_h > 1 else 0), own * (2 + others)
+    return lists, (n_h * call.spans if n_b > 1 else 0), (call.spans if n_h > 1 else 0)
 
 
 def _leading(call: Call, n_b: int) -> tuple[int, int]:
