@@ -36,8 +36,18 @@ def params_by_torch(p: Problem) -> str | None:
             return f"score {score.name} does not say how kernels sum its gradient (device_gradient)"
     if misfit := triton_call.misfit(*facts(p)[:4], ("grads",)):
         return misfit
-    if isinstance(p.coords.q, Tensor) or isinstance(p.coords.k, Tensor):
-        return "coordinates of rows or keys come from a tensor"
+    return _scattered(p)
+
+
+def _scattered(p: Problem) -> str | None:
+    """Why coordinates of rows or keys that come from tensors are more than the kernels' sums can serve, or None."""
+    given = [x for x in (p.coords.q, p.coords.k) if isinstance(x, Tensor)]
+    for score in p.scores if given else ():
+        plan = score.device_gradient() if score.params else None
+        if plan is not None and not plan.anywhere:
+            return f"coordinates of rows or keys come from a tensor, and {score.name} sums along consecutive ones"
+        if plan is not None and plan.shape == "tile" and not plan.keep_b and any(x.shape[0] > 1 for x in given):
+            return f"coordinates differ by batch entry, and {score.name} is shared by all"
     return None
 
 
@@ -69,7 +79,7 @@ def param_grads(
                 call.chain, pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims, (own.block_q, own.block_k),
                 call.precision, i + 1, plan.weight, plan.shape, plan.keep_b, plan.keep_h,
             )  # fmt: skip
-        q_at, k_at = call.ints[4:]
+        q_at, k_at = (x if isinstance(x, Tensor) else n for x, n in zip((p.coords.q, p.coords.k), call.ints[4:], strict=True))
         if plan.shape == "diagonals":
             sums, q_at = _folded(sums, p.n_q, p.n_k), q_at + p.n_q - 1
         found.append(plan.finish(sums, q_at, k_at).to(score.params[0].dtype))

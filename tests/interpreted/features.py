@@ -173,6 +173,22 @@ def test_coordinates(name, dropout):
     assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
 
 
+@pytest.mark.parametrize("by_entry", [False, True])
+def test_gradients_of_parameters_at_scattered_coordinates(by_entry):
+    """Biases of every shape and slopes: kernels sum them, wherever rows and keys stand; repeated coordinates add up."""
+    q, k, v = qkv(n_b=2, n_q=19, n_k=35)
+    rows = torch.stack([torch.arange(19) * 2 % 31, torch.arange(19).flip(0)])[: 1 + by_entry].to(DEVICE)
+    keys = torch.arange(35).flip(0)[None].to(DEVICE)
+    shapes = ((2, 40, 40), (40, 1), (2, 1, 1, 40)) if not by_entry else ((2, 1, 40, 40), (2, 40, 1), (1, 40))
+    scores = (*(fa.Bias(cases.leaf(*x, dtype=torch.float32).detach().to(DEVICE)) for x in shapes),
+              fa.ALiBi(cases.leaf(2, dtype=torch.float32, positive=True).detach().to(DEVICE)))  # fmt: skip
+    p = problem(q, k, v, fa.Causal("bottom_right"), scores, coords=fa.Coordinates(q=rows, k=keys))
+    assert not triton.falls_back(p)
+    assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
+    table = fa.RelativeBias(torch.zeros(9, device=DEVICE))
+    assert "relative" in str(triton.falls_back(problem(q, k, v, score=table, coords=fa.Coordinates(q=rows))))
+
+
 def test_any_strides():
     """Storage (B, H, D, L): neighbours in a row are far apart. And an expanded batch, whose stride is 0."""
     q, k, v = (x.mT.contiguous().mT for x in qkv(n_q=19, n_k=35, head_dim=20, v_dim=24))
