@@ -11,7 +11,7 @@ from .chain import apply_scores, pull_scores
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
 from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
@@ -84,15 +84,6 @@ def dq_tiles(
     return dq, total
 
 
-@jit
-def mean_key(k, lo, first, last, strides, DIMS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The mean of the keys in a tile; what is not finite (a hidden key may hold anything) counts as 0. # [HEAD_DIM]"""
-    tile = load_rows(k, lo, strides, first, last, BLOCK_K, DIMS[0], DIMS[1], True).to(tl.float32)
-    tile = tl.where(tl.abs(tile) < float("inf"), tile, 0.0)
-    n = tl.minimum(lo + BLOCK_K, last) - tl.maximum(lo, first)
-    return tl.sum(tile, 0) / tl.maximum(n, 1).to(tl.float32)
-
-
 @kernel
 def backward_dq(
     q, k, v, do, lse2, delta, dlse, sinks, dq_out, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, n_pad,
@@ -128,7 +119,7 @@ def backward_dq(
         if ZERO_SUM:
             middle, some = middle_tile(walk, FLAGS, BLOCK_K)
             if some:
-                reference = mean_key(k, middle, first, last, strides[1], DIMS, BLOCK_K)
+                reference = mean_row(k, middle, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1])
         dq, total = dq_tiles(
             dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS,
             PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, False,

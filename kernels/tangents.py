@@ -6,7 +6,9 @@ With A the scores after the chain, a dot for a tangent, and everything of kernel
     u = A. - lse.    r = dp - delta         g. = p (u r + Z (do v.' + do. v') - delta.)      x, x. = chain'(g, g.)
     dq. = scale (x. k + x k.)               dk. = scale (x.' q + x' q.)      dv. = (Z p u)' do + (Z p)' do.
 
-from the lse, out and delta that are there already. PUSHED says which modifiers have a parameter with a tangent, and
+from the lse, out and delta that are there already. What rounding to half precision adds to a row's weights does harm in the
+direction of the row's mean key or value: it is summed, and taken off along the mean of one tile, which is right for any mean.
+For the same reason A. is shifted by its value at a mean key. PUSHED says which modifiers have a parameter with a tangent, and
 tscores has their arguments with the tangent in the parameter's place.
 """
 
@@ -15,8 +17,8 @@ from .chain import apply_scores
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
-from .walk import key_tile, key_walk, query_tile, query_walk, run_of, seen_keys, seen_queries
+from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
 @jit
@@ -48,10 +50,11 @@ def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHE
 
 @jit
 def jvp_tiles(
-    acc, mean, q, tq, lse2, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
-    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    acc, mean, off, q, tq, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores,
+    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc += Z p (A. v + v.) and mean += p A. over one run of a walk."""
+    """acc += Z p ((A. - shift) v + v.), mean += p A. and off, what rounding adds to v's weights, over one run of a walk."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
     data, size = call[0], call[1]
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
@@ -65,20 +68,21 @@ def jvp_tiles(
         change = push_scores(change, product * scale, at, data[2], tscores, SCORES, PUSHED, len(SCORES))
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        change = p * change
         if MASKED:
             seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
-        mean += tl.sum(change, 1)
+        mean += tl.sum(p * change, 1)
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
-            p, change = tl.where(keep, p, 0.0), tl.where(keep, change, 0.0)
-        acc = dot_add(rounded(change, v_tile.dtype), v_tile, acc, PRECISION)
+            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
+        change = p * (change - shift[:, None])
+        weight = rounded(change, v_tile.dtype)
+        off += tl.sum(weight.to(tl.float32) - change, 1)
+        acc = dot_add(weight, v_tile, acc, PRECISION)
         acc = dot_add(rounded(p, v_tile.dtype), tv_tile, acc, PRECISION)
-    return acc, mean
+    return acc, mean, off
 
 
 @kernel
@@ -104,19 +108,27 @@ def forward_jvp(
     row_lse = tl.load(lse + row, mask=ok, other=float("-inf"))
     lse2 = tl.where(row_lse > float("-inf"), row_lse * LOG2E, float("inf"))
     acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
-    mean = tl.zeros([BLOCK_Q], tl.float32)
+    mean, off = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    start_k, stop_k = row_spans(data[0], SPANS - 1, b, h, q_idx, ok, size, FLAGS)  # the means are of the last span's keys
+    walk, lo, hi = key_walk(data[0], SPANS - 1, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+    middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
+    hi = tl.where(some, hi, lo)
+    mean_k = mean_row(k, middle, strides[1], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
+    mean_tk = mean_row(tk, middle, strides[4], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
+    shift = tl.sum(tq_tile.to(tl.float32) * mean_k[None, :] + q_tile.to(tl.float32) * mean_tk[None, :], 1) * scale
     for r in tl.range(0, SPANS, num_stages=1):
         start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
         walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
         rows = (near, start_k, stop_k, b, h)
-        acc, mean = jvp_tiles(
-            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, False,
+        acc, mean, off = jvp_tiles(
+            acc, mean, off, q_tile, tq_tile, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call,
+            tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, False,
         )  # fmt: skip
-        acc, mean = jvp_tiles(
-            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, True,
+        acc, mean, off = jvp_tiles(
+            acc, mean, off, q_tile, tq_tile, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call,
+            tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, True,
         )  # fmt: skip
+    acc -= off[:, None] * mean_row(v, middle, strides[2], lo, hi, BLOCKS[1], DIMS[2], DIMS[3])[None, :]
     if tsinks is not None:
         sink = tl.load(sinks + b * strides[9][0] + h * strides[9][1]).to(tl.float32)
         tsink = tl.load(tsinks + b * strides[10][0] + h * strides[10][1]).to(tl.float32)
@@ -127,7 +139,7 @@ def forward_jvp(
     if out_lo is not None:
         low = load_rows(head_of(out_lo, b, h, strides[7]), q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
         o += low.to(tl.float32)
-    acc -= mean[:, None] * o
+    acc -= (mean - shift)[:, None] * o
     store_rows(head_of(tout, b, h, strides[8]), acc, q0, strides[8], n_q, BLOCK_Q, DIMS[2], DIMS[3])
     tl.store(tlse + row, mean, mask=ok)
 
@@ -151,11 +163,12 @@ def tangent_tile(
 
 @jit
 def dq_jvp_tiles(
-    dq, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores,
-    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, MASKED: tl.constexpr,
+    dq, off, toff, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, walk, rows, first, last, scale, call,
+    tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, ZERO_SUM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += x. k + x k. over one run of a walk."""
+    """dq += x. k + x k. over one run of a walk; off and toff: the row sums of x and x. as they were rounded, with ZERO_SUM,
+    else what rounding added to them."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
     data, size = call[0], call[1]
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
@@ -184,18 +197,27 @@ def dq_jvp_tiles(
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 k_tile, tk_tile = tl.where(some, k_tile, 0.0), tl.where(some, tk_tile, 0.0)
-        dq = dot_add(rounded(tx, k_tile.dtype), k_tile, dq, PRECISION)
-        dq = dot_add(rounded(x, k_tile.dtype), tk_tile, dq, PRECISION)
-    return dq
+        weight, tweight = rounded(x, k_tile.dtype), rounded(tx, k_tile.dtype)
+        if ZERO_SUM:
+            x, tx = 0.0, 0.0
+        off += tl.sum(weight.to(tl.float32) - x, 1)
+        toff += tl.sum(tweight.to(tl.float32) - tx, 1)
+        dq = dot_add(tweight, k_tile, dq, PRECISION)
+        dq = dot_add(weight, tk_tile, dq, PRECISION)
+    return dq, off, toff
 
 
 @kernel
 def backward_dq_jvp(
-    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dq_out, data, tscores, strides, scale, n_q, n_k, start, stop, q_at,
-    k_at, n_h, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
-    GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, sums, tsums, dq_out, data, tscores, strides, scale, n_q, n_k,
+    start, stop, q_at, k_at, n_h, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
+    PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, ZERO_SUM: tl.constexpr,
 ):  # fmt: skip
-    """The tangent of dq of one tile of queries. strides: q, k, v, tq, tk, tv, do, tdo, dq. tdo may be None."""
+    """The tangent of dq of one tile of queries. strides: q, k, v, tq, tk, tv, do, tdo, dq. tdo may be None.
+
+    ZERO_SUM, without a Pointwise: sums and tsums (B, H, n_pad) are the exact row sums of x and x., None where these are 0.
+    """
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     HEAD_DIM: tl.constexpr = DIMS[1]
     TDO: tl.constexpr = tdo is not None
@@ -217,18 +239,31 @@ def backward_dq_jvp(
     row_lse, row_tlse = tl.load(lse2 + row), tl.load(tlse + row)
     row_delta, row_tdelta = tl.load(delta + row), tl.load(tdelta + row)
     dq = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
+    off, toff = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    mean_k, mean_tk = tl.zeros([HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
     for r in tl.range(0, SPANS, num_stages=1):
         start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
         walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
         rows = (near, start_k, stop_k, b, h)
-        dq = dq_jvp_tiles(
-            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides, walk,
-            rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+        middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
+        if some:
+            mean_k = mean_row(k, middle, strides[1], first, last, BLOCKS[1], DIMS[0], DIMS[1])
+            mean_tk = mean_row(tk, middle, strides[4], first, last, BLOCKS[1], DIMS[0], DIMS[1])
+        dq, off, toff = dq_jvp_tiles(
+            dq, off, toff, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
+            walk, rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO,
+            ZERO_SUM, False,
         )  # fmt: skip
-        dq = dq_jvp_tiles(
-            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides, walk,
-            rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+        dq, off, toff = dq_jvp_tiles(
+            dq, off, toff, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
+            walk, rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO,
+            ZERO_SUM, True,
         )  # fmt: skip
+    if sums is not None:
+        off -= tl.load(sums + row)
+    if tsums is not None:
+        toff -= tl.load(tsums + row)
+    dq -= toff[:, None] * mean_k[None, :] + off[:, None] * mean_tk[None, :]
     store_rows(head_of(dq_out, b, h, strides[8]), dq * scale, q0, strides[8], n_q, BLOCK_Q, DIMS[0], DIMS[1])
 
 

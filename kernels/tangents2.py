@@ -11,8 +11,8 @@ from .backward import weights
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
-from .walk import key_tile, key_walk, run_of, seen_keys
+from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, middle_tile, run_of, seen_keys
 
 
 @jit
@@ -43,11 +43,14 @@ def crossed(a, ta, b, tb, PRECISION: tl.constexpr):
 
 @jit
 def jvp2_tiles(
-    acc, mean, q, q1, q2, q12, lse2, tlse1, tlse2, keys, strides, walk, rows, first, last, scale, call, tscores,
+    acc, mean, off, q, q1, q2, q12, lse2, tlse1, tlse2, keys, strides, walk, rows, first, last, scale, call, tscores,
     FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc and mean, the sums of out12 and lse12, over one run of a walk. keys: k, k1, k2, k12, v, v1, v2, v12."""
+    """acc and mean, the sums of out12 and lse12, and off, what rounding adds to v's weights, over one run of a walk.
+
+    keys: k, k1, k2, k12, v, v1, v2, v12.
+    """
     BLOCK_K: tl.constexpr = BLOCKS[1]
     data, size = call[0], call[1]
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
@@ -80,7 +83,10 @@ def jvp2_tiles(
         mean += tl.sum(p * (u2 * a1 + a12), 1)
         if FLAGS[7]:
             p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
-        acc = dot_add(rounded(p * (u1 * u2 + a12), v.dtype), v, acc, PRECISION)
+        curvature = p * (u1 * u2 + a12)
+        weight = rounded(curvature, v.dtype)
+        off += tl.sum(weight.to(tl.float32) - curvature, 1)
+        acc = dot_add(weight, v, acc, PRECISION)
         acc = dot_add(rounded(p * u1, v.dtype), v2, acc, PRECISION)
         acc = dot_add(rounded(p * u2, v.dtype), v1, acc, PRECISION)
         if BOTH:
@@ -88,13 +94,13 @@ def jvp2_tiles(
             if MASKED and len(PREDICATES) > 0:
                 v12 = tl.where(some, v12, 0.0)
             acc = dot_add(rounded(p, v.dtype), v12, acc, PRECISION)
-    return acc, mean
+    return acc, mean, off
 
 
 @kernel
 def forward_jvp2(
-    operands, out, out_lo, lse, tlse1, tlse2, sink_share, tout, tlse, data, tscores, strides, scale, n_q, n_k, start, stop, q_at,
-    k_at, n_h, n_b, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    operands, out, out_lo, lse, tlse1, tlse2, sink_share, tout, tlse, data, tscores, strides, scale, n_q, n_k, start, stop,
+    q_at, k_at, n_h, n_b, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
     GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     BOTH: tl.constexpr,
 ):  # fmt: skip
@@ -130,19 +136,24 @@ def forward_jvp2(
     lse2 = tl.where(row_lse > float("-inf"), row_lse * LOG2E, float("inf"))
     one, two = tl.load(tlse1 + row, mask=ok, other=0.0), tl.load(tlse2 + row, mask=ok, other=0.0)
     acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
-    mean = tl.zeros([BLOCK_Q], tl.float32)
+    mean, off = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    mean_v = tl.zeros([V_DIM], tl.float32)
     for r in tl.range(0, SPANS, num_stages=1):
         start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
         walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
         rows = (near, start_k, stop_k, b, h)
-        acc, mean = jvp2_tiles(
-            acc, mean, q, q1, q2, q12, lse2, one, two, keys, key_strides, walk, rows, first, last, scale, call, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, BOTH, False,
+        middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
+        if some:
+            mean_v = mean_row(keys[4], middle, key_strides[4], first, last, BLOCKS[1], DIMS[2], DIMS[3])
+        acc, mean, off = jvp2_tiles(
+            acc, mean, off, q, q1, q2, q12, lse2, one, two, keys, key_strides, walk, rows, first, last, scale, call, tscores,
+            FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, BOTH, False,
         )  # fmt: skip
-        acc, mean = jvp2_tiles(
-            acc, mean, q, q1, q2, q12, lse2, one, two, keys, key_strides, walk, rows, first, last, scale, call, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, BOTH, True,
+        acc, mean, off = jvp2_tiles(
+            acc, mean, off, q, q1, q2, q12, lse2, one, two, keys, key_strides, walk, rows, first, last, scale, call, tscores,
+            FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, BOTH, True,
         )  # fmt: skip
+    acc -= off[:, None] * mean_v[None, :]  # as in kernels/tangents.py
     if sink_share is not None:
         mean += tl.load(sink_share + row, mask=ok, other=0.0)
     if FLAGS[7]:

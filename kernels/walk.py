@@ -1,9 +1,9 @@
 """How a pass walks over the tiles of the other side: which tiles it visits, where each stands, what of it is seen.
 
-A walk is (lo, full_lo, full_hi, hi): tiles from lo to hi, of which those from full_lo to full_hi have no hidden pair. It is made
-in two runs (from, to, jump_at, jump), the full tiles first and then those on both sides of them: steps are first indices of
-tiles, and tiles from jump_at on are moved by jump. Where there is a tile map (FLAGS[9], kernels/dense.py) a walk is (list, full
-tiles, mixed tiles, tiles) and a run (from, to, list): the tile at a step is entry step // BLOCK of the list.
+A walk is (lo, full_lo, full_hi, hi): tiles from lo to hi, of which those from full_lo to full_hi have no hidden pair. It is
+made in two runs (from, to, jump_at, jump), the full tiles first and then those on both sides of them: steps are first indices
+of tiles, and tiles from jump_at on are moved by jump. Where there is a tile map (FLAGS[9], kernels/dense.py) a walk is (list,
+full tiles, mixed tiles, tiles) and a run (from, to, list): the tile at a step is entry step // BLOCK of the list.
 
 rows is (q_idx, start, stop, b, h) of a tile of rows and one of its spans; columns is (k_idx, r, b, h) of a tile of keys and the
 number of a span. call is (data, size, n_b), and data (mask, coords, scores, dropout).
@@ -16,7 +16,7 @@ from .shim import jit, tl
 
 @jit
 def listed(lists, r, b, h, tile, n_own, n):
-    """The walk of a tile, one of n_own, and a span by its list of up to n tiles: full ones from its front, mixed from its back."""
+    """The walk of a tile, one of n_own, and a span: a list of up to n tiles, full ones at its front, mixed ones at its back."""
     at = lists[0] + ((b * lists[1] + h * lists[2] + r) * n_own + tile) * (n + 2)
     return at + 2, tl.load(at), tl.load(at + 1), n
 

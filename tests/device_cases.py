@@ -81,6 +81,8 @@ MASKS = {
     **cases.MASKS,
     "custom": lambda b, h, q, k: fa.Custom(cases.everything_but_diagonal_stripes, stripes) & fa.Causal("top_left"),
     "dense_documents": lambda b, h, q, k: fa.Dense(documents(q, k)) & fa.Causal("bottom_right"),
-    "checkerboard": lambda b, h, q, k: fa.Dense(checkerboard(h, q, k)) & (fa.SinkTokens(3) | fa.SlidingWindow(q // 2, 9, "top_left")),
-    "dense_custom": lambda b, h, q, k: fa.Dense(checkerboard(1, q, k, 48)) & fa.Custom(cases.everything_but_diagonal_stripes, stripes),
+    "checkerboard": lambda b, h, q, k: fa.Dense(checkerboard(h, q, k))
+    & (fa.SinkTokens(3) | fa.SlidingWindow(q // 2, 9, "top_left")),
+    "dense_custom": lambda b, h, q, k: fa.Dense(checkerboard(1, q, k, 48))
+    & fa.Custom(cases.everything_but_diagonal_stripes, stripes),
 }

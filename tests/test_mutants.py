@@ -8,7 +8,7 @@ from processes import copied, suite
 from test_triton import needs_triton
 
 pytestmark = needs_triton
-FEATURES = "interpreted/features.py::"
+FEATURES, TANGENTS = "interpreted/features.py::", "interpreted/tangents.py::"
 DENSE = FEATURES + "test_block_structured_dense_masks[{}]"
 TILES = FEATURES + "test_long_enough_for_every_kind_of_tile[{}]"
 
@@ -30,7 +30,7 @@ MUTANTS = {
                            FEATURES + "test_coordinates[0.0-offsets]"),
     "strides of k for v": ("forward.py", "load_rows(v, k0, strides[2],", "load_rows(v, k0, strides[1],",
                            FEATURES + "test_wide_heads[96]"),
-    "dropout offset of the row pass": ("forward.py", "kept(data[3], rows[3], at, k0 + size[5],", "kept(data[3], rows[3], at, k0,",
+    "dropout offset of the row pass": ("forward.py", "at, k0 + size[5],", "at, k0,",
                                        FEATURES + "test_dropout_bits_are_those_of_the_cpu[4]"),
     "dropout offset of the backward": ("backward.py", "at, k0 + size[5],", "at, k0,",
                                        FEATURES + "test_coordinates[0.3-offsets]"),
@@ -57,8 +57,20 @@ MUTANTS = {
                             "(walk[3] - walk[2]) * BLOCK, (walk[3] - 1) * BLOCK", DENSE.format("documents")),
     "the lists of a head": ("walk.py", "lists[0] + (b * lists[1] + h * lists[2] + r)", "lists[0] + (b * lists[1] + r)",
                             DENSE.format("two tensors")),
-    "the map of a gradient": ("grads.py", "one + q0 // BLOCKS[0], one + k0 // BLOCKS[1]", "one + k0 // BLOCKS[1], one + q0 // BLOCKS[0]",
-                              DENSE.format("rows")),
+    "the map of a gradient": ("grads.py", "one + q0 // BLOCKS[0], one + k0 // BLOCKS[1]",
+                              "one + k0 // BLOCKS[1], one + q0 // BLOCKS[0]", DENSE.format("rows")),
+    "the shift of a tangent": ("tangents.py", "acc -= (mean - shift)[:, None] * o", "acc -= mean[:, None] * o",
+                               TANGENTS + "test_keys_and_values_with_a_mean[False-False]"),
+    "the zero sum of a tangent": ("tangents.py", "dq -= toff[:, None] * mean_k[None, :] + off[:, None] * mean_tk[None, :]",
+                                  "dq -= off[:, None] * mean_tk[None, :]",
+                                  TANGENTS + "test_keys_and_values_with_a_mean[False-False]"),
+    "the sums of a sink": ("tangents.py", "toff -= tl.load(tsums + row)", "toff -= 0.0",
+                           TANGENTS + "test_keys_and_values_with_a_mean[False-True]"),
+    "a crossed term of both directions": ("tangents2.py", "mixed = crossed(q1, q2, k1, k2, PRECISION)",
+                                          "mixed = crossed(q1, q1, k1, k1, PRECISION)",
+                                          TANGENTS + "test_tangents_of_tangents[some-lengths-relative-float32-0.0]"),
+    "a parameter's tangent": ("grads.py", "PUSHED, BEHIND,", "PUSHED, 0,",
+                              TANGENTS + "test_tangents[some-sinks_window-chain-float32-0.0]"),
 }  # fmt: skip
 
 

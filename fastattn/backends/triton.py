@@ -106,9 +106,10 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(p.q):
         triton_call.run(
             forward_kernels.forward, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, out, out_lo, lse,
-            p.sinks, row_pass(p, call, how), (*call.strides, out.stride(), strides_of(out_lo, 4), strides_of(p.sinks, 2)), p.scale,
-            *call.ints, p.n_h, max(p.n_b_coords, 1), call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
-            call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+            p.sinks, row_pass(p, call, how),
+            (*call.strides, out.stride(), strides_of(out_lo, 4), strides_of(p.sinks, 2)), p.scale, *call.ints, p.n_h,
+            max(p.n_b_coords, 1), call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
+            (how.block_q, how.block_k), call.precision,
         )  # fmt: skip
     return out, lse, p.q.new_empty(0) if out_lo is None else out_lo
 

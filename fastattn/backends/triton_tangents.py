@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import tangents as kernels
 from ..kernels import tangents2
 from ..problem import Grads, Problem, Tangents, ThreeTangents, empty_like_layout, empty_rows
+from ..scores import Pointwise
 from . import tangents, triton_call, triton_params
 from .facts import facts
 from .operands import safe_lse, sink_weight, sum_rows_like
@@ -66,9 +67,9 @@ def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tenso
     with on_device(p.q):
         triton_call.run(
             kernels.forward_jvp, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, *way.operands, out, low, lse,
-            p.sinks, t.sinks, tout, tlse, row_pass(p, call, how), way.scores, strides, p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1),
-            call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
-            (how.block_q, how.block_k), call.precision,
+            p.sinks, t.sinks, tout, tlse, row_pass(p, call, how), way.scores, strides, p.scale, *call.ints, p.n_h,
+            max(p.n_b_coords, 1), call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1), call.spans,
+            call.dims, (how.block_q, how.block_k), call.precision,
         )  # fmt: skip
     return tout, tlse
 
@@ -104,7 +105,7 @@ def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo
     dq, dk, dv = (empty_rows(x, tuple(x.shape)) for x in (p.q, p.k, p.v))
     call, way = prepare(p), moved(p, t)
     with on_device(p.q):
-        _launch_rows(p, call, way, rows, dq)
+        _launch_rows(p, call, way, rows, _row_sums(p, t, rows, dlse, tdlse, lse, tlse), dq)
         _launch_columns(p, call, way, rows, dk, dv)
     if not p.param_grads or not p.params:
         dparams = []
@@ -122,14 +123,31 @@ def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo
     return Grads(dq, dk, dv, dparams, dsinks)
 
 
-def _launch_rows(p: Problem, call: Call, way: Moved, rows: _Rows, dq: Tensor) -> None:
+def _row_sums(p: Problem, t: Tangents, rows: _Rows, dlse, tdlse, lse, tlse) -> tuple[Any, Any]:
+    """The sums of P (dP - delta) over every row, delta pi + dlse, and their tangents, (B, H, n_pad); None where all are 0."""
+    seen, delta, tdelta = lse > -torch.inf, rows.delta[:, :, : p.n_q], rows.tdelta[:, :, : p.n_q]
+    sums, tsums = (None if x is None else x.where(seen, 0.0) for x in (dlse, tdlse))
+    if p.sinks is not None:
+        pi = sink_weight(p, lse)
+        moving = -tlse if t.sinks is None else t.sinks.to(lse.dtype)[:, :, None] - tlse
+        sums = pi * delta if sums is None else sums + pi * delta
+        change = pi * (tdelta + delta * moving)
+        tsums = change if tsums is None else tsums + change
+    pad = (0, rows.n_pad - p.n_q)
+    sums, tsums = (None if x is None else F.pad(x, pad).contiguous() for x in (sums, tsums))
+    return sums, tsums
+
+
+def _launch_rows(p: Problem, call: Call, way: Moved, rows: _Rows, sums: tuple[Any, Any], dq: Tensor) -> None:
     how = config(p, "jvp dq")
+    zero_sum = not any(isinstance(score, Pointwise) for score in p.scores)
     triton_call.run(
         kernels.backward_dq_jvp, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, *way.operands, rows.do,
-        rows.tdo, rows.lse2, rows.tlse, rows.delta, rows.tdelta, dq, row_pass(p, call, how), way.scores,
+        rows.tdo, rows.lse2, rows.tlse, rows.delta, rows.tdelta, *(sums if zero_sum else (None, None)), dq,
+        row_pass(p, call, how), way.scores,
         (*call.strides, *way.strides, rows.do.stride(), strides_of(rows.tdo, 4), dq.stride()), p.scale, *call.ints, p.n_h,
         max(p.n_b_coords, 1), rows.n_pad, call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1),
-        call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+        call.spans, call.dims, (how.block_q, how.block_k), call.precision, zero_sum,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def prepare(p: Problem) -> Call:
 
 
 def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
-    """The classes of all cells, int8 (B|1, H|1, cells of rows|1, cells of keys|1), and whether they tell rows and keys apart."""
+    """The classes of all cells, int8 (B|1, H|1, cells of rows|1, of keys|1), and whether they tell rows and keys apart."""
     shapes = [x.tensor.shape for x in p.mask.predicates if isinstance(x, DensePredicate)]
     n_b, n_h, n_q, n_k = torch.broadcast_shapes(*shapes)
     cells = torch.empty(n_b, n_h, cdiv(n_q, CELL), cdiv(n_k, CELL), dtype=torch.int8, device=p.q.device)

@@ -69,7 +69,7 @@ def test_long_enough_for_every_kind_of_tile(mask):
 
 DENSE = {
     "documents": lambda: fa.Dense(documents(113, 131)),
-    "by head and entry": lambda: fa.Dense(checkerboard(2, 113, 131, 32).expand(2, -1, -1, -1) & (torch.rand(2, 1, 113, 1) < 0.9)),
+    "by head and entry": lambda: fa.Dense(checkerboard(2, 113, 131, 32) & cases.dense(2, 1, 113, 1)),
     "with spans": lambda: fa.Dense(documents(113, 131)) & (fa.SinkTokens(40) | fa.SlidingWindow(37, 0, "top_left")),
     "with lengths": lambda: fa.Dense(documents(113, 131)) & fa.Lengths(torch.tensor([131, 70])) & fa.Causal("bottom_right"),
     "two tensors": lambda: fa.Dense(documents(113, 131)) & fa.Dense(checkerboard(2, 113, 131)),
