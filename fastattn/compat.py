@@ -42,6 +42,12 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
+# torch's fused attention on the CPU; its Python binding costs the host less than the operator object.
+fused_cpu_forward: Callable[..., Any] = getattr(
+    torch, "_scaled_dot_product_flash_attention_for_cpu", torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+)
+
+
 def in_dual_level() -> bool:
     """Whether a forward_ad.dual_level is open; where torch does not say, yes: the slower answer is always right."""
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0

@@ -1,13 +1,15 @@
 """The short way for small plain calls on the CPU, where the host's work would outweigh the attention itself.
 
 Full or square causal attention of dense tensors, with nothing watching (no transform, no mode, no compiler, no autocast):
-torch's fused kernel inside one classic autograd.Function, without describing the call as a Problem. Anything else goes the
-long way and gives the same numbers; so does a backward that is itself to be differentiated.
+torch's fused kernel inside one classic autograd.Function, without describing the call as a Problem. The tiniest calls take
+torch's own autograd node instead, which costs less than a Function's two visits to Python; a hook on it steps in where its
+backward is itself to be differentiated. Anything else goes the long way, and all give the same numbers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from .backends.fused import VECTOR
 from .problem import rows_apart
 
 SMALL = 1 << 19  # score elements beyond which the host's work no longer shows
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+TINY = 1 << 15  # elements of q, k and v that may live as long as the graph, where a Function would free them in its backward
+_forward = compat.fused_cpu_forward
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _NOTHING_HIDDEN = {dtype: torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
@@ -33,27 +36,67 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
         return None
     if shape != k_shape and (causal or shape[:2] + shape[3:] != k_shape[:2] + k_shape[3:]):
         return None
-    n_b, n_h, n_q, dim = shape
-    if not 0 < n_b * n_h * n_q * k_shape[2] * dim <= SMALL * dim or not q.is_cpu or q.dtype not in _NOTHING_HIDDEN:
+    dim, dtype, size = shape[3], q.dtype, q.numel()
+    if not 0 < size * k_shape[2] <= SMALL * dim or dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
         return None
-    if q.dtype != k.dtype or q.dtype != v.dtype or not k.is_cpu or not v.is_cpu:
+    if not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or not rows_apart(q):
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) and (
+        q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or not rows_apart(q)
+    ):
         return None
     if scale is None:
         scale = 1.0 / math.sqrt(dim)
     elif type(scale) is not float or not 0.0 < scale < math.inf:
         return None
-    mask = _NOTHING_HIDDEN[q.dtype] if k_shape[2] < VECTOR else None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return compat.base_apply(_Attend, q, k, v, causal, scale, mask)
-    return _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
+        if size + 2 * k.numel() > TINY:
+            return compat.base_apply(_Attend, q, k, v, causal, scale)
+        out = _computed(q, k, v, causal, scale)[0]
+        out.grad_fn.register_hook(_again(q, k, v, causal, scale))  # type: ignore[union-attr]
+        return out
+    return _computed(q, k, v, causal, scale)[0]
+
+
+def _computed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse). With few keys the kernel takes a NaN row for a hidden one, which its lse of 0 gives away; a mask mends it."""
+    out, lse = _forward(q, k, v, 0.0, causal, scale=scale)
+    if k.shape[2] < VECTOR and torch.count_nonzero(lse).item() < lse.numel():
+        return _forward(q, k, v, 0.0, causal, attn_mask=_NOTHING_HIDDEN[q.dtype], scale=scale)
+    return out, lse
+
+
+def _again(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Callable[[Any, Any], Any]:
+    """A hook after torch's backward, whose gradients have no derivative: gives differentiable ones where they are needed."""
+
+    def again(grads: Any, cotangents: Any) -> Any:
+        if not _differentiated_again(cotangents[0]):
+            return None
+        with torch.no_grad():
+            out, lse = _computed(q, k, v, causal, scale)
+        found = _long_backward(cotangents[0], q, k, v, out, lse, causal, scale)
+        return tuple(None if old is None else new for old, new in zip(grads, found))
+
+    return again
+
+
+def _differentiated_again(do: Any) -> bool:
+    return torch.is_grad_enabled() or type(do) is not Tensor or compat.in_functorch()
+
+
+def _long_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    span, ints = ("i-ri", [0, 1]) if causal else ("i-i", [0, k.shape[2]])
+    spec = f"m={span}|p=|c=0000|s=|b=tiled|d=1|g=0"
+    grads = BWD(do, None, q, k, v, [], [], None, None, out, lse, q.new_empty(0), spec, scale, 0.0, ints, [])
+    return grads[0], grads[1], grads[2]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None) -> Tensor:
-        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+        out, lse = _computed(q, k, v, causal, scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.causal, ctx.scale = causal, scale
         return out
@@ -61,13 +104,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
-        if torch.is_grad_enabled() or type(do) is not Tensor or compat.in_functorch():
-            span = "i-ri" if ctx.causal else "i-i"
-            ints = [0, 1] if ctx.causal else [0, k.shape[2]]
-            spec = f"m={span}|p=|c=0000|s=|b=tiled|d=1|g=0"
-            grads = BWD(do, None, q, k, v, [], [], None, None, out, lse, q.new_empty(0), spec, ctx.scale, 0.0, ints, [])
-            return grads[0], grads[1], grads[2], None, None, None
+        if _differentiated_again(do):
+            return *_long_backward(do, q, k, v, out, lse, ctx.causal, ctx.scale), None, None
         if do.stride(3) != 1:
             do = do.contiguous()
         dq, dk, dv = _backward(do, q, k, v, out, lse, 0.0, ctx.causal, scale=ctx.scale)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None

@@ -130,9 +130,13 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+# asked once: torch 2.11 cannot trace the question
+_WITHOUT_AUTOCAST = frozenset(name for name in ("meta", "lazy", "vulkan") if not torch.amp.is_autocast_available(name))
+
+
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for a device; there are devices that it does not know."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def _is_cast(x: Any) -> bool:
