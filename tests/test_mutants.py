@@ -55,7 +55,7 @@ MUTANTS = {
     "full in spite of a custom mask": ("dense.py", "if FLAGS[9] == 2:", "if FLAGS[9] == 3:", DENSE.format("with a custom one")),
     "the last mixed tile": ("walk.py", "(walk[3] - walk[2]) * BLOCK, walk[3] * BLOCK",
                             "(walk[3] - walk[2]) * BLOCK, (walk[3] - 1) * BLOCK", DENSE.format("documents")),
-    "the lists of a head": ("walk.py", "lists[0] + (b * lists[1] + h * lists[2] + r)", "lists[0] + (b * lists[1] + r)",
+    "the lists of a head": ("walk.py", "(b * lists[1] + h * lists[2] + r) * n_own", "(b * lists[1] + r) * n_own",
                             DENSE.format("two tensors")),
     "the map of a gradient": ("grads.py", "one + q0 // BLOCKS[0], one + k0 // BLOCKS[1]",
                               "one + k0 // BLOCKS[1], one + q0 // BLOCKS[0]", DENSE.format("rows")),
@@ -68,7 +68,7 @@ MUTANTS = {
                            TANGENTS + "test_keys_and_values_with_a_mean[False-True]"),
     "a crossed term of both directions": ("tangents2.py", "mixed = crossed(q1, q2, k1, k2, PRECISION)",
                                           "mixed = crossed(q1, q1, k1, k1, PRECISION)",
-                                          TANGENTS + "test_tangents_of_tangents[some-lengths-relative-float32-0.0]"),
+                                          TANGENTS + "test_tangents_of_tangents[everything-causal-none-float32-0.0]"),
     "a parameter's tangent": ("grads.py", "PUSHED, BEHIND,", "PUSHED, 0,",
                               TANGENTS + "test_tangents[some-sinks_window-chain-float32-0.0]"),
 }  # fmt: skip

@@ -66,7 +66,7 @@ CALLS = [
     ("documents", "softcap", torch.float32, 0.3),
     ("dense", "bias", torch.float32, 0.2),
     ("custom", "alibi", torch.float32, 0.0),
-    ("lengths", "relative", torch.float32, 0.0),
+    ("bottom_right", "relative", torch.float32, 0.0),
     ("window", "chain", torch.float16, 0.2),
     ("two_sided", "softcap", torch.bfloat16, 0.0),
 ]
