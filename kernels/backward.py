@@ -7,11 +7,12 @@ No atomics: every sum has one owner and one order. The chain's derivative is pul
 that raw scores need not stay alive. lse2 is lse in base 2 and +inf for rows that see nothing or do not exist: p is 0 there.
 """
 
-from .chain import apply_scores, place, pull_scores
+from .chain import apply_scores, pull_scores
 from .dropout import kept
-from .masks import key_range, predicates, row_range, row_spans
+from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
 @kernel
@@ -52,31 +53,27 @@ def weights(x, lse2, at, scale, scores, SCORES: tl.constexpr, first: tl.constexp
 
 @jit
 def dq_tiles(
-    dq, total, q, do, lse2, delta, k, v, strides, start, stop, q_idx, b, h, first, last, lo, hi, jump_at, jump, scale, size,
-    n_b, data, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr, ZERO_SUM: tl.constexpr, MASKED: tl.constexpr,
+    dq, total, q, do, lse2, delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS: tl.constexpr,
+    PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    ZERO_SUM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += x k, and the row sums of x as it was rounded, over the key tiles from lo to hi."""
+    """dq += x k, and the row sums of x as it was rounded, over one run of a walk."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    for tile in tl.range(lo, hi, BLOCK_K):
-        k0 = tile
-        if MASKED:
-            k0 = tl.where(tile < jump_at, tile, tile + jump)
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        near = tl.minimum(k_idx, size[1] - 1)
-        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    run = run_of(walk, FLAGS, BLOCK_K, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_K):
+        k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
         _, w = weights(product, lse2[:, None], at, scale, data[2], SCORES, 0)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         dp = dot(do, tl.trans(v_tile), PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         x = w * (dp - delta[:, None])
         if MASKED:
-            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
-            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             x = tl.where(seen, x, 0.0)
             if len(PREDICATES) > 0:
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
@@ -85,15 +82,6 @@ def dq_tiles(
         if ZERO_SUM:
             total += tl.sum(x.to(tl.float32), 1)
     return dq, total
-
-
-@jit
-def mean_key(k, lo, first, last, strides, DIMS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The mean of the keys in a tile; what is not finite (a hidden key may hold anything) counts as 0. # [HEAD_DIM]"""
-    tile = load_rows(k, lo, strides, first, last, BLOCK_K, DIMS[0], DIMS[1], True).to(tl.float32)
-    tile = tl.where(tl.abs(tile) < float("inf"), tile, 0.0)
-    n = tl.minimum(lo + BLOCK_K, last) - tl.maximum(lo, first)
-    return tl.sum(tile, 0) / tl.maximum(n, 1).to(tl.float32)
 
 
 @kernel
@@ -111,6 +99,7 @@ def backward_dq(
     BLOCK_K: tl.constexpr = BLOCKS[1]
     HEAD_DIM: tl.constexpr = DIMS[1]
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -124,22 +113,20 @@ def backward_dq(
     total = tl.zeros([BLOCK_Q], tl.float32)
     reference = tl.zeros([HEAD_DIM], tl.float32)
     for r in tl.range(0, SPANS, num_stages=1):
-        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
-        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCK_K, len(PREDICATES) > 0)
-        if ZERO_SUM:  # noqa: SIM102  one of the two is known when compiling
-            if hi > lo:
-                middle = lo + (hi - lo) // 2 // BLOCK_K * BLOCK_K
-                reference = mean_key(k, middle, first, last, strides[1], DIMS, BLOCK_K)
+        start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+        rows = (near, start_k, stop_k, b, h)
+        if ZERO_SUM:
+            middle, some = middle_tile(walk, FLAGS, BLOCK_K)
+            if some:
+                reference = mean_row(k, middle, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1])
         dq, total = dq_tiles(
-            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, first_key, last_key, near, b, h, first, last,
-            full_lo, full_hi, 0, 0, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM,
-            False,
+            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS,
+            PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         dq, total = dq_tiles(
-            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, first_key, last_key, near, b, h, first, last, lo,
-            hi - jump, full_lo, jump, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM,
-            True,
+            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS,
+            PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, True,
         )  # fmt: skip
     if ZERO_SUM:
         if dlse is not None:
@@ -154,32 +141,26 @@ def backward_dq(
 
 @jit
 def dkdv_tiles(
-    dk, dv, k, v, q, do, lse2, delta, strides, k_idx, k0, r, b, h, lo, hi, jump_at, jump, scale, size, n_b, data,
-    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, q, do, lse2, delta, strides, walk, columns, k0, scale, call, FLAGS: tl.constexpr, PREDICATES: tl.constexpr,
+    SCORES: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk += x' q and dv += (Z p)' do over the query tiles from lo to hi."""
+    """dk += x' q and dv += (Z p)' do over one run of a walk."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
-    n_q, near_k = size[0], tl.minimum(k_idx, size[1] - 1)
-    for tile in tl.range(lo, hi, BLOCK_Q):
-        q0 = tile
-        if MASKED:
-            q0 = tl.where(tile < jump_at, tile, tile + jump)
-        q_idx = q0 + tl.arange(0, BLOCK_Q)
-        near = tl.minimum(q_idx, n_q - 1)
-        at = place(data[1], b, h, near[None, :], near_k[:, None], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    n_q = size[0]
+    run = run_of(walk, FLAGS, BLOCK_Q, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_Q):
+        q0, q_idx, at = query_tile(step, run, columns, call, FLAGS, BLOCK_Q, MASKED)
         q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         product = dot(k, tl.trans(q_tile), PRECISION)  # [BLOCK_K, BLOCK_Q]
         p, w = weights(product, tl.load(lse2 + q_idx)[None, :], at, scale, data[2], SCORES, 0)
         do_tile = load_rows(do, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
         dp = dot(v, tl.trans(do_tile), PRECISION)
         if MASKED:
-            first, last = row_spans(data[0], r, b, h, q_idx, q_idx < n_q, size, FLAGS)
-            seen = (k_idx[:, None] >= first[None, :]) & (k_idx[:, None] < last[None, :])
-            seen = predicates(seen, data[0], at, near[None, :], near_k[:, None], PREDICATES)
+            seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
             p = tl.where(seen, p, 0.0)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
             p = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         dv = dot_add(rounded(p, do_tile.dtype), do_tile, dv, PRECISION)
@@ -192,18 +173,19 @@ def dkdv_tiles(
 
 @kernel
 def backward_dkdv(
-    q, k, v, do, lse2, delta, dk_out, dv_out, data, bounds, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b,
-    n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
+    q, k, v, do, lse2, delta, dk_out, dv_out, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b, n_pad,
+    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys; the query heads of its group and their spans are one loop.
 
-    strides: q, k, v, do, dk, dv. bounds: `row_range` has them.
+    strides: q, k, v, do, dk, dv.
     """
     BLOCK_K: tl.constexpr = BLOCKS[1]
     HEAD_DIM: tl.constexpr = DIMS[1]
     V_DIM: tl.constexpr = DIMS[3]
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     k0, b, kv = program_tile(n_k, n_kv, BLOCK_K, False)
     k_idx = k0 + tl.arange(0, BLOCK_K)
     k_tile = load_rows(head_of(k, b, kv, strides[1]), k0, strides[1], 0, n_k, BLOCK_K, DIMS[0], DIMS[1], True)
@@ -212,17 +194,17 @@ def backward_dkdv(
     dv = tl.zeros([BLOCK_K, V_DIM], tl.float32)
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
-        lo, full_lo, full_hi, hi = row_range(data[0], bounds, r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS[0], BLOCK_K)
+        walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
+        columns = (k_idx, r, b, h)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[3])
         row = (b * n_kv * GROUP + h) * n_pad
         dk, dv = dkdv_tiles(
-            dk, dv, k_tile, v_tile, q_head, do_head, lse2 + row, delta + row, strides, k_idx, k0, r, b, h,
-            full_lo, full_hi, 0, 0, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, False,
+            dk, dv, k_tile, v_tile, q_head, do_head, lse2 + row, delta + row, strides, walk, columns, k0, scale, call, FLAGS,
+            PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         dk, dv = dkdv_tiles(
-            dk, dv, k_tile, v_tile, q_head, do_head, lse2 + row, delta + row, strides, k_idx, k0, r, b, h,
-            lo, hi - jump, full_lo, jump, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, True,
+            dk, dv, k_tile, v_tile, q_head, do_head, lse2 + row, delta + row, strides, walk, columns, k0, scale, call, FLAGS,
+            PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, True,
         )  # fmt: skip
     if FLAGS[7]:
         dv = dv * data[3][3]

@@ -4,14 +4,15 @@
 
 in base 2, with Z = keep / (1 - dropout_p). out is divided by the sum of p as it was rounded for its product with v, so
 that a constant v comes out exact; lse has the unrounded sum. A sink joins both sums. For every span the tiles without a
-hidden key run first, then those before and behind them in one loop with a jump in between.
+hidden key run first, then the others in a second loop (kernels/walk.py).
 """
 
-from .chain import apply_scores, place
+from .chain import apply_scores
 from .dropout import kept
-from .masks import key_range, predicates, row_spans
+from .masks import row_spans
 from .shim import LN2, LOG2E, jit, kernel, tl
 from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, run_of, seen_keys
 
 
 @jit
@@ -25,24 +26,20 @@ def logits(s, at, scale, scores, SCORES: tl.constexpr):
 
 @jit
 def forward_tiles(
-    acc, row_max, row_sum, out_sum, q, k, v, strides, start, stop, q_idx, b, h, first, last, lo, hi, jump_at, jump, scale,
-    size, n_b, data, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_max, row_sum, out_sum, q, k, v, strides, walk, rows, first, last, scale, call, FLAGS: tl.constexpr,
+    PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key tiles from lo to hi; MASKED: with the tiles from jump_at on moved by `jump`."""
+    """Online softmax over one run of a walk."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    for tile in tl.range(lo, hi, BLOCK_K):
-        k0 = tile
-        if MASKED:
-            k0 = tl.where(tile < jump_at, tile, tile + jump)
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        near = tl.minimum(k_idx, size[1] - 1)
-        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    run = run_of(walk, FLAGS, BLOCK_K, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_K):
+        k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], SCORES)  # [BLOCK_Q, BLOCK_K]
         if MASKED:
-            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
-            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             s = tl.where(seen, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -55,7 +52,7 @@ def forward_tiles(
         weights = rounded(p, v_tile.dtype)
         out_sum = out_sum * alpha + tl.sum(weights.to(tl.float32), 1)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             weights = tl.where(keep, weights, 0.0)
         acc = dot_add(weights, v_tile, acc * alpha[:, None], PRECISION)
         row_max = new_max
@@ -76,6 +73,7 @@ def forward(
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     V_DIM: tl.constexpr = DIMS[3]
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -91,16 +89,16 @@ def forward(
         row_sum += tl.where(sink > float("-inf"), 1.0, 0.0)
     out_sum = row_sum
     for r in tl.range(0, SPANS, num_stages=1):
-        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
-        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
+        start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+        rows = (near, start_k, stop_k, b, h)
         acc, row_max, row_sum, out_sum = forward_tiles(
-            acc, row_max, row_sum, out_sum, q_tile, k, v, strides, first_key, last_key, near, b, h, first, last,
-            full_lo, full_hi, 0, 0, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, False,
+            acc, row_max, row_sum, out_sum, q_tile, k, v, strides, walk, rows, first, last, scale, call, FLAGS, PREDICATES,
+            SCORES, DIMS, BLOCKS, PRECISION, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         acc, row_max, row_sum, out_sum = forward_tiles(
-            acc, row_max, row_sum, out_sum, q_tile, k, v, strides, first_key, last_key, near, b, h, first, last,
-            lo, hi - jump, full_lo, jump, scale, size, n_b, data, FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, True,
+            acc, row_max, row_sum, out_sum, q_tile, k, v, strides, walk, rows, first, last, scale, call, FLAGS, PREDICATES,
+            SCORES, DIMS, BLOCKS, PRECISION, True,
         )  # fmt: skip
     acc = acc * (1.0 / tl.where(out_sum == 0.0, 1.0, out_sum))[:, None]
     if FLAGS[7]:

@@ -1,4 +1,5 @@
-"""Gradients of an Additive's parameters: g behind the modifier, recomputed tile by tile and summed with one owner a sum.
+"""Gradients of an Additive's parameters, and the tangents of these gradients: g behind the modifier, recomputed tile by tile
+and summed with one owner a sum.
 
     tile       g at (q, k), summed over the entries and heads that the parameter does not tell apart
     keys       sums over rows: one value per entry, head and key
@@ -8,10 +9,12 @@
 
 from .backward import weights
 from .chain import place
+from .dense import tile_class
 from .dropout import kept
 from .masks import predicates, row_spans
 from .shim import jit, kernel, tl
-from .tiles import dot, head_of, load_rows
+from .tangents import tangent_tile
+from .tiles import dot, dot_add, head_of, load_rows
 
 
 @jit
@@ -32,12 +35,43 @@ def walk(tile, n_q, n_k, SHAPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl
 
 
 @jit
-def gradient_tile(
-    q, k, v, do, lse2, delta, strides, q0, k0, b, h, scale, size, n_b, data, weight_args, FLAGS: tl.constexpr,
-    PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr, WEIGHT: tl.constexpr,
+def tile_at(tile_map, q0, k0, b, h, size, FLAGS: tl.constexpr, BLOCKS: tl.constexpr):
+    """`tile_class` of one tile by its first row and key."""
+    one = tl.arange(0, 1)
+    some, hidden = tile_class(tile_map, b, h, one + q0 // BLOCKS[0], one + k0 // BLOCKS[1], size, FLAGS, BLOCKS)
+    return tl.max(some.to(tl.int32), 0) > 0, tl.max(hidden.to(tl.int32), 0) > 0
+
+
+@jit
+def tangent_products(
+    q, k, do, v, operands, strides, q0, k0, b, h, size, GROUP: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """g behind modifier BEHIND - 1 of one tile, times WEIGHT; 0 where no row sees a key. # [BLOCK_Q, BLOCK_K]"""
+    """(q. k' + q k.', do v.' + do. v') of one tile. operands and strides: tq, tk, tv, tdo; tdo may be None."""
+    tq, tk = head_of(operands[0], b, h, strides[0]), head_of(operands[1], b, h // GROUP, strides[1])
+    tq_tile = load_rows(tq, q0, strides[0], 0, size[0], BLOCKS[0], DIMS[0], DIMS[1], True)
+    tk_tile = load_rows(tk, k0, strides[1], 0, size[1], BLOCKS[1], DIMS[0], DIMS[1], True)
+    change = dot_add(q, tl.trans(tk_tile), dot(tq_tile, tl.trans(k), PRECISION), PRECISION)
+    tv = head_of(operands[2], b, h // GROUP, strides[2])
+    tv_tile = load_rows(tv, k0, strides[2], 0, size[1], BLOCKS[1], DIMS[2], DIMS[3], True)
+    tdp = dot(do, tl.trans(tv_tile), PRECISION)
+    if operands[3] is not None:
+        tdo = head_of(operands[3], b, h, strides[3])
+        tdo_tile = load_rows(tdo, q0, strides[3], 0, size[0], BLOCKS[0], DIMS[2], DIMS[3], True)
+        tdp = dot_add(tdo_tile, tl.trans(v), tdp, PRECISION)
+    return change, tdp
+
+
+@jit
+def gradient_tile(
+    q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved, FLAGS: tl.constexpr,
+    PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
+    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """g behind modifier BEHIND - 1 of one tile, or its tangent, times WEIGHT; 0 where no row sees a key. # [BLOCK_Q, BLOCK_K]
+
+    row: where the statistics of the head begin.
+    """
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     BLOCK_K: tl.constexpr = BLOCKS[1]
     q_idx, k_idx = q0 + tl.arange(0, BLOCK_Q), k0 + tl.arange(0, BLOCK_K)
@@ -48,33 +82,55 @@ def gradient_tile(
         first, last = row_spans(data[0], r, b, h, q_idx, q_idx < size[0], size, FLAGS)
         seen = seen | ((k_idx[None, :] >= first[:, None]) & (k_idx[None, :] < last[:, None]))
     g = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
-        seen = predicates(seen, data[0], at, near_q, near_k, PREDICATES)
+    some = tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0
+    hides = some
+    if FLAGS[9]:
+        any_seen, any_hidden = tile_at(data[0][2], q0, k0, b, h, size, FLAGS, BLOCKS)
+        some = some & any_seen
+        hides = any_hidden | (FLAGS[9] == 2)
+    if some:
+        if hides:
+            seen = predicates(seen, data[0], at, near_q, near_k, PREDICATES)
         q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], True)
         k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
         k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], True)
         product = dot(q_tile, tl.trans(k_tile), PRECISION)
-        row_lse, row_delta = tl.load(lse2 + q_idx), tl.load(delta + q_idx)
-        _, w = weights(product, row_lse[:, None], at, scale, data[2], SCORES, BEHIND)
+        row_lse, row_delta = tl.load(lse2 + row + q_idx)[:, None], tl.load(delta + row + q_idx)[:, None]
         do_tile = load_rows(head_of(do, b, h, strides[3]), q0, strides[3], 0, size[0], BLOCK_Q, DIMS[2], DIMS[3], True)
         v_tile = load_rows(v_head, k0, strides[2], 0, size[1], BLOCK_K, DIMS[2], DIMS[3], True)
         dp = dot(do_tile, tl.trans(v_tile), PRECISION)
+        keep = seen
         if FLAGS[7]:
             keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
-        g = tl.where(seen, w * (dp - row_delta[:, None]) * WEIGHT(at, weight_args), 0.0)
+        if len(moved) == 0:
+            _, w = weights(product, row_lse, at, scale, data[2], SCORES, BEHIND)
+            g = w * (dp - row_delta)
+        else:
+            change, tdp = tangent_products(
+                q_tile, k_tile, do_tile, v_tile, moved[0], moved[1], q0, k0, b, h, size, GROUP, DIMS, BLOCKS, PRECISION
+            )
+            if FLAGS[7]:
+                tdp = tl.where(keep, tdp * data[3][3], 0.0)
+            row_tlse, row_tdelta = tl.load(moved[2] + row + q_idx)[:, None], tl.load(moved[3] + row + q_idx)[:, None]
+            _, _, _, g = tangent_tile(
+                product, change, dp, tdp, row_lse, row_tlse, row_delta, row_tdelta, at, scale, data[2], moved[4], SCORES,
+                PUSHED, BEHIND,
+            )  # fmt: skip
+        g = tl.where(seen, g * WEIGHT(at, weight_args), 0.0)
     return g
 
 
 @kernel
 def score_grads(
-    q, k, v, do, lse2, delta, grads, data, weight_args, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, n_pad,
-    entries, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
-    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr, WEIGHT: tl.constexpr,
-    SHAPE: tl.constexpr, KEEP_B: tl.constexpr, KEEP_H: tl.constexpr,
+    q, k, v, do, lse2, delta, grads, data, weight_args, moved, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b,
+    n_pad, entries, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    BEHIND: tl.constexpr, WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KEEP_B: tl.constexpr, KEEP_H: tl.constexpr,
 ):  # fmt: skip
     """One program's sum, for one kept entry and head. grads, float32: (B|1, H|1, n_q, n_k), (B, H, n_k), (B, H, n_q), or
-    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K). strides: q, k, v, do. entries: how many there are, B."""
+    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K). strides: q, k, v, do. entries: how many there are, B. moved: () for the gradient;
+    for its tangent ((tq, tk, tv, tdo), their strides, tlse, tdelta, tscores)."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     BLOCK_K: tl.constexpr = BLOCKS[1]
     size = (n_q, n_k, start, stop, q_at, k_at)
@@ -99,9 +155,9 @@ def score_grads(
         row = (b * n_h + h) * n_pad
         for step in tl.range(0, steps, num_stages=1):
             total += gradient_tile(
-                q, k, v, do, lse2 + row, delta + row, strides, first_row + step * row_step, first_key + step * key_step, b,
-                h, scale, size, n_b, data, weight_args, FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION,
-                BEHIND, WEIGHT,
+                q, k, v, do, lse2, delta, strides, first_row + step * row_step, first_key + step * key_step, b, h, row,
+                scale, size, n_b, data, weight_args, moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS,
+                PRECISION, BEHIND, WEIGHT,
             )  # fmt: skip
     q_idx, k_idx = first_row + tl.arange(0, BLOCK_Q), first_key + tl.arange(0, BLOCK_K)
     if SHAPE == "tile":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = Path(__file__).parent / "tuning"
-KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv")
+KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv", "jvp2")
 SHORT = 16  # rows up to which a query tile is as small as a product permits: decoding
 
 

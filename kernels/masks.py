@@ -6,12 +6,12 @@ For a tile of rows:   seen = [min start, max stop)     keys outside are never vi
 FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans an
 entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
 entry. PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides and with
-None, or 1 where an offset inside one of its planes needs 64 bits.
+None, or 1 where an offset inside one of its planes needs 64 bits. mask[2] is what a pass needs beside: () or, for the columns
+of `rows`, the table of `span_bounds` with the strides of an entry and a head in it; with a tile map what kernels/dense.py has.
 size is (n_q, n_k, start, stop, q_at, k_at).
 """
 
 from .shim import jit, kernel, tl
-from .tiles import program_tile
 
 
 @jit
@@ -82,16 +82,16 @@ def affine_rows(mask, b, k_lo, k_hi, size, FLAGS: tl.constexpr):
 
 @jit
 def row_range(
-    mask, bounds, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """The ends (seen, full, full, seen) of the query tiles that see the key tile at k0 through span r."""
     if FLAGS[0]:
         n_tiles = tl.cdiv(size[1], BLOCK_K)
-        at = bounds[0] + ((b * bounds[1] + h * bounds[2] + r) * n_tiles + k0 // BLOCK_K) * 4
+        at = mask[2][0] + ((b * mask[2][1] + h * mask[2][2] + r) * n_tiles + k0 // BLOCK_K) * 4
         first, full_lo, full_hi, last = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     else:
         first, full_lo, full_hi, last = affine_rows(mask, b, k0, k0 + BLOCK_K, size, FLAGS)
-    return aligned(first, full_lo, full_hi, last, BLOCK_Q, len(PREDICATES) > 0)
+    return aligned(first, full_lo, full_hi, last, BLOCK_Q, PREDICATED)
 
 
 @kernel
@@ -121,27 +121,6 @@ def span_bounds(start_ptr, stop_ptr, bounds, n_q, n_k, n_tiles, BLOCK_K: tl.cons
     tl.store(to + 3, tl.max(last))
 
 
-@kernel
-def dense_hull(
-    mask, start_ptr, stop_ptr, strides, wide, n_q, n_k, n_h, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """The span from the first to the last visible key of every row of a bool tensor; [0, 0) where there is none."""
-    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, False)
-    q_idx = q0 + tl.arange(0, BLOCK_Q)
-    mask = plane_of(mask, b, h, strides)
-    first, last = tl.full([BLOCK_Q], n_k, tl.int32), tl.full([BLOCK_Q], 0, tl.int32)
-    for k0 in tl.range(0, n_k, BLOCK_K):
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        inside = (q_idx < n_q)[:, None] & (k_idx < n_k)[None, :]
-        at = mask + plane_offset(q_idx[:, None], k_idx[None, :], strides, wide)
-        seen = tl.load(at, mask=inside, other=0) != 0
-        first = tl.minimum(first, tl.min(tl.where(seen, k_idx[None, :], n_k), 1))
-        last = tl.maximum(last, tl.max(tl.where(seen, k_idx[None, :] + 1, 0), 1))
-    to = (b * n_h + h) * n_q + q_idx
-    tl.store(start_ptr + to, tl.where(last > 0, first, 0), mask=q_idx < n_q)
-    tl.store(stop_ptr + to, last, mask=q_idx < n_q)
-
-
 @jit
 def plane_of(x, b, h, strides):
     """Where the plane of an entry and a head begins; both strides are pairs that add up (scores/base.py says why)."""
@@ -166,10 +145,18 @@ def always(b, h, q_idx, k_idx):
 @jit
 def predicates(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
     """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape."""
+    seen = shown(seen, mask, at[4], at[5], q_idx, k_idx, PREDICATES)
+    for i in tl.static_range(len(PREDICATES)):
+        if PREDICATES[i] is not None:
+            seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])
+    return seen
+
+
+@jit
+def shown(seen, mask, b, h, q_idx, k_idx, PREDICATES: tl.constexpr):
+    """`seen` and every predicate that is a bool tensor."""
     for i in tl.static_range(len(PREDICATES)):
         if PREDICATES[i] is None:
-            x = plane_of(mask[1][i][0], at[4], at[5], mask[1][i][1])
+            x = plane_of(mask[1][i][0], b, h, mask[1][i][1])
             seen = seen & (tl.load(x + plane_offset(q_idx, k_idx, mask[1][i][1], mask[1][i][2])) != 0)
-        else:
-            seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])
     return seen

@@ -6,16 +6,19 @@ With A the scores after the chain, a dot for a tangent, and everything of kernel
     u = A. - lse.    r = dp - delta         g. = p (u r + Z (do v.' + do. v') - delta.)      x, x. = chain'(g, g.)
     dq. = scale (x. k + x k.)               dk. = scale (x.' q + x' q.)      dv. = (Z p u)' do + (Z p)' do.
 
-from the lse, out and delta that are there already. PUSHED says which modifiers have a parameter with a tangent, and
+from the lse, out and delta that are there already. What rounding to half precision adds to a row's weights does harm in the
+direction of the row's mean key or value: it is summed, and taken off along the mean of one tile, which is right for any mean.
+For the same reason A. is shifted by its value at a mean key. PUSHED says which modifiers have a parameter with a tangent, and
 tscores has their arguments with the tangent in the parameter's place.
 """
 
 from .backward import weights
-from .chain import apply_scores, place
+from .chain import apply_scores
 from .dropout import kept
-from .masks import key_range, predicates, row_range, row_spans
+from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
+from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
 @jit
@@ -33,33 +36,30 @@ def push_scores(ds, s, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.con
 
 
 @jit
-def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr):
-    """(g, dg) in front of the chain from those behind it: the gradient of the scores and its tangent."""
-    for i in tl.static_range(len(SCORES)):
+def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr, first: tl.constexpr):
+    """(g, dg) in front of modifier `first` from those behind the chain: the gradient of the scores and its tangent."""
+    for i in tl.static_range(len(SCORES) - first):
         if SCORES[len(SCORES) - 1 - i][0]:
             before = apply_scores(s, at, scores, SCORES, len(SCORES) - 1 - i)
             dbefore = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES) - 1 - i)
-            first = SCORES[len(SCORES) - 1 - i][2](before, scores[len(SCORES) - 1 - i])
-            dg = dg * first + g * dbefore * SCORES[len(SCORES) - 1 - i][3](before, scores[len(SCORES) - 1 - i])
-            g = g * first
+            slope = SCORES[len(SCORES) - 1 - i][2](before, scores[len(SCORES) - 1 - i])
+            dg = dg * slope + g * dbefore * SCORES[len(SCORES) - 1 - i][3](before, scores[len(SCORES) - 1 - i])
+            g = g * slope
     return g, dg
 
 
 @jit
 def jvp_tiles(
-    acc, mean, q, tq, lse2, k, v, tk, tv, strides, start, stop, q_idx, b, h, first, last, lo, hi, jump_at, jump, scale, size,
-    n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
-    DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    acc, mean, off, q, tq, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores,
+    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """acc += Z p (A. v + v.) and mean += p A. over the key tiles from lo to hi."""
+    """acc += Z p ((A. - shift) v + v.), mean += p A. and off, what rounding adds to v's weights, over one run of a walk."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    for tile in tl.range(lo, hi, BLOCK_K):
-        k0 = tile
-        if MASKED:
-            k0 = tl.where(tile < jump_at, tile, tile + jump)
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        near = tl.minimum(k_idx, size[1] - 1)
-        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    run = run_of(walk, FLAGS, BLOCK_K, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_K):
+        k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
@@ -68,21 +68,21 @@ def jvp_tiles(
         change = push_scores(change, product * scale, at, data[2], tscores, SCORES, PUSHED, len(SCORES))
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        change = p * change
         if MASKED:
-            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
-            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
-        mean += tl.sum(change, 1)
+        mean += tl.sum(p * change, 1)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
-            p, change = tl.where(keep, p, 0.0), tl.where(keep, change, 0.0)
-        acc = dot_add(rounded(change, v_tile.dtype), v_tile, acc, PRECISION)
+            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
+        change = p * (change - shift[:, None])
+        weight = rounded(change, v_tile.dtype)
+        off += tl.sum(weight.to(tl.float32) - change, 1)
+        acc = dot_add(weight, v_tile, acc, PRECISION)
         acc = dot_add(rounded(p, v_tile.dtype), tv_tile, acc, PRECISION)
-    return acc, mean
+    return acc, mean, off
 
 
 @kernel
@@ -95,6 +95,7 @@ def forward_jvp(
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     V_DIM: tl.constexpr = DIMS[3]
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -107,21 +108,27 @@ def forward_jvp(
     row_lse = tl.load(lse + row, mask=ok, other=float("-inf"))
     lse2 = tl.where(row_lse > float("-inf"), row_lse * LOG2E, float("inf"))
     acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
-    mean = tl.zeros([BLOCK_Q], tl.float32)
+    mean, off = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    start_k, stop_k = row_spans(data[0], SPANS - 1, b, h, q_idx, ok, size, FLAGS)  # the means are of the last span's keys
+    walk, lo, hi = key_walk(data[0], SPANS - 1, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+    middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
+    hi = tl.where(some, hi, lo)
+    mean_k = mean_row(k, middle, strides[1], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
+    mean_tk = mean_row(tk, middle, strides[4], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
+    shift = tl.sum(tq_tile.to(tl.float32) * mean_k[None, :] + q_tile.to(tl.float32) * mean_tk[None, :], 1) * scale
     for r in tl.range(0, SPANS, num_stages=1):
-        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
-        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
-        acc, mean = jvp_tiles(
-            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, first_key, last_key, near, b, h, first, last,
-            full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
-            PRECISION, False,
+        start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+        rows = (near, start_k, stop_k, b, h)
+        acc, mean, off = jvp_tiles(
+            acc, mean, off, q_tile, tq_tile, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call,
+            tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
-        acc, mean = jvp_tiles(
-            acc, mean, q_tile, tq_tile, lse2, k, v, tk, tv, strides, first_key, last_key, near, b, h, first, last,
-            lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
-            PRECISION, True,
+        acc, mean, off = jvp_tiles(
+            acc, mean, off, q_tile, tq_tile, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call,
+            tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, True,
         )  # fmt: skip
+    acc -= off[:, None] * mean_row(v, middle, strides[2], lo, hi, BLOCKS[1], DIMS[2], DIMS[3])[None, :]
     if tsinks is not None:
         sink = tl.load(sinks + b * strides[9][0] + h * strides[9][1]).to(tl.float32)
         tsink = tl.load(tsinks + b * strides[10][0] + h * strides[10][1]).to(tl.float32)
@@ -132,40 +139,41 @@ def forward_jvp(
     if out_lo is not None:
         low = load_rows(head_of(out_lo, b, h, strides[7]), q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
         o += low.to(tl.float32)
-    acc -= mean[:, None] * o
+    acc -= (mean - shift)[:, None] * o
     store_rows(head_of(tout, b, h, strides[8]), acc, q0, strides[8], n_q, BLOCK_Q, DIMS[2], DIMS[3])
     tl.store(tlse + row, mean, mask=ok)
 
 
 @jit
 def tangent_tile(
-    product, change, dp, tdp, lse2, tlse, delta, tdelta, at, scale, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr
+    product, change, dp, tdp, lse2, tlse, delta, tdelta, at, scale, scores, tscores, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    first: tl.constexpr,
 ):  # fmt: skip
-    """(p, p u, x, x.) of a tile from its raw products q k', q. k' + q k.', Z do v' and Z (do v.' + do. v')."""
+    """(p, p u, x, x.) of a tile from its raw products q k', q. k' + q k.', Z do v' and Z (do v.' + do. v').
+
+    x and x. are the gradient in front of modifier `first` and its tangent: of the scores themselves with 0.
+    """
     s, ds = product * scale, change * scale
     p, _ = weights(product, lse2, at, scale, scores, SCORES, len(SCORES))
     u = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES)) - tlse
     r = dp - delta
-    x, tx = pull_tangents(p * r, p * (u * r + tdp - tdelta), s, ds, at, scores, tscores, SCORES, PUSHED)
+    x, tx = pull_tangents(p * r, p * (u * r + tdp - tdelta), s, ds, at, scores, tscores, SCORES, PUSHED, first)
     return p, p * u, x, tx
 
 
 @jit
 def dq_jvp_tiles(
-    dq, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, start, stop, q_idx, b, h, first, last, lo, hi,
-    jump_at, jump, scale, size, n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
-    PUSHED: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr,
-    MASKED: tl.constexpr,
+    dq, off, toff, q, tq, do, tdo, lse2, tlse, delta, tdelta, k, v, tk, tv, strides, walk, rows, first, last, scale, call,
+    tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, ZERO_SUM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += x. k + x k. over the key tiles from lo to hi."""
+    """dq += x. k + x k. over one run of a walk; off and toff: the row sums of x and x. as they were rounded, with ZERO_SUM,
+    else what rounding added to them."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    for tile in tl.range(lo, hi, BLOCK_K):
-        k0 = tile
-        if MASKED:
-            k0 = tl.where(tile < jump_at, tile, tile + jump)
-        k_idx = k0 + tl.arange(0, BLOCK_K)
-        near = tl.minimum(k_idx, size[1] - 1)
-        at = place(data[1], b, h, q_idx[:, None], near[None, :], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    run = run_of(walk, FLAGS, BLOCK_K, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_K):
+        k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
@@ -177,35 +185,44 @@ def dq_jvp_tiles(
         if TDO:
             tdp = dot_add(tdo, tl.trans(v_tile), tdp, PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         _, _, x, tx = tangent_tile(
             product, change, dp, tdp, lse2[:, None], tlse[:, None], delta[:, None], tdelta[:, None], at, scale, data[2],
-            tscores, SCORES, PUSHED,
+            tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            seen = (k_idx[None, :] >= start[:, None]) & (k_idx[None, :] < stop[:, None])
-            seen = predicates(seen, data[0], at, q_idx[:, None], near[None, :], PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 k_tile, tk_tile = tl.where(some, k_tile, 0.0), tl.where(some, tk_tile, 0.0)
-        dq = dot_add(rounded(tx, k_tile.dtype), k_tile, dq, PRECISION)
-        dq = dot_add(rounded(x, k_tile.dtype), tk_tile, dq, PRECISION)
-    return dq
+        weight, tweight = rounded(x, k_tile.dtype), rounded(tx, k_tile.dtype)
+        if ZERO_SUM:
+            x, tx = 0.0, 0.0
+        off += tl.sum(weight.to(tl.float32) - x, 1)
+        toff += tl.sum(tweight.to(tl.float32) - tx, 1)
+        dq = dot_add(tweight, k_tile, dq, PRECISION)
+        dq = dot_add(weight, tk_tile, dq, PRECISION)
+    return dq, off, toff
 
 
 @kernel
 def backward_dq_jvp(
-    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dq_out, data, tscores, strides, scale, n_q, n_k, start, stop, q_at,
-    k_at, n_h, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
-    GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, sums, tsums, dq_out, data, tscores, strides, scale, n_q, n_k,
+    start, stop, q_at, k_at, n_h, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
+    PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, ZERO_SUM: tl.constexpr,
 ):  # fmt: skip
-    """The tangent of dq of one tile of queries. strides: q, k, v, tq, tk, tv, do, tdo, dq. tdo may be None."""
+    """The tangent of dq of one tile of queries. strides: q, k, v, tq, tk, tv, do, tdo, dq. tdo may be None.
+
+    ZERO_SUM, without a Pointwise: sums and tsums (B, H, n_pad) are the exact row sums of x and x., None where these are 0.
+    """
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     HEAD_DIM: tl.constexpr = DIMS[1]
     TDO: tl.constexpr = tdo is not None
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
@@ -222,39 +239,47 @@ def backward_dq_jvp(
     row_lse, row_tlse = tl.load(lse2 + row), tl.load(tlse + row)
     row_delta, row_tdelta = tl.load(delta + row), tl.load(tdelta + row)
     dq = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
+    off, toff = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+    mean_k, mean_tk = tl.zeros([HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
     for r in tl.range(0, SPANS, num_stages=1):
-        first_key, last_key = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
-        lo, full_lo, full_hi, hi, first, last = key_range(first_key, last_key, ok, n_k, BLOCKS[1], len(PREDICATES) > 0)
-        dq = dq_jvp_tiles(
-            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
-            first_key, last_key, near, b, h, first, last, full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+        start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+        walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
+        rows = (near, start_k, stop_k, b, h)
+        middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
+        if some:
+            mean_k = mean_row(k, middle, strides[1], first, last, BLOCKS[1], DIMS[0], DIMS[1])
+            mean_tk = mean_row(tk, middle, strides[4], first, last, BLOCKS[1], DIMS[0], DIMS[1])
+        dq, off, toff = dq_jvp_tiles(
+            dq, off, toff, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
+            walk, rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO,
+            ZERO_SUM, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
-        dq = dq_jvp_tiles(
-            dq, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
-            first_key, last_key, near, b, h, first, last, lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores,
-            FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+        dq, off, toff = dq_jvp_tiles(
+            dq, off, toff, q_tile, tq_tile, do_tile, tdo_tile, row_lse, row_tlse, row_delta, row_tdelta, k, v, tk, tv, strides,
+            walk, rows, first, last, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO,
+            ZERO_SUM, True,
         )  # fmt: skip
+    if sums is not None:
+        off -= tl.load(sums + row)
+    if tsums is not None:
+        toff -= tl.load(tsums + row)
+    dq -= toff[:, None] * mean_k[None, :] + off[:, None] * mean_tk[None, :]
     store_rows(head_of(dq_out, b, h, strides[8]), dq * scale, q0, strides[8], n_q, BLOCK_Q, DIMS[0], DIMS[1])
 
 
 @jit
 def dkdv_jvp_tiles(
-    dk, dv, k, v, tk, tv, q, tq, do, tdo, lse2, tlse, delta, tdelta, strides, k_idx, k0, r, b, h, lo, hi, jump_at, jump, scale,
-    size, n_b, data, tscores, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    dk, dv, k, v, tk, tv, q, tq, do, tdo, lse2, tlse, delta, tdelta, strides, walk, columns, k0, scale, call, tscores,
+    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, TDO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk += x.' q + x' q. and dv += (Z p u)' do + (Z p)' do. over the query tiles from lo to hi."""
+    """dk += x.' q + x' q. and dv += (Z p u)' do + (Z p)' do. over one run of a walk."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
-    n_q, near_k = size[0], tl.minimum(k_idx, size[1] - 1)
-    for tile in tl.range(lo, hi, BLOCK_Q):
-        q0 = tile
-        if MASKED:
-            q0 = tl.where(tile < jump_at, tile, tile + jump)
-        q_idx = q0 + tl.arange(0, BLOCK_Q)
-        near = tl.minimum(q_idx, n_q - 1)
-        at = place(data[1], b, h, near[None, :], near_k[:, None], size, n_b, FLAGS)
+    data, size = call[0], call[1]
+    n_q = size[0]
+    run = run_of(walk, FLAGS, BLOCK_Q, MASKED)
+    for step in tl.range(run[0], run[1], BLOCK_Q):
+        q0, q_idx, at = query_tile(step, run, columns, call, FLAGS, BLOCK_Q, MASKED)
         q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         tq_tile = load_rows(tq, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         do_tile = load_rows(do, q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
@@ -266,16 +291,14 @@ def dkdv_jvp_tiles(
             tdo_tile = load_rows(tdo, q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
             tdp = dot_add(v, tl.trans(tdo_tile), tdp, PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         p, pu, x, tx = tangent_tile(
             product, change, dp, tdp, tl.load(lse2 + q_idx)[None, :], tl.load(tlse + q_idx)[None, :],
-            tl.load(delta + q_idx)[None, :], tl.load(tdelta + q_idx)[None, :], at, scale, data[2], tscores, SCORES, PUSHED,
+            tl.load(delta + q_idx)[None, :], tl.load(tdelta + q_idx)[None, :], at, scale, data[2], tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            first, last = row_spans(data[0], r, b, h, q_idx, q_idx < n_q, size, FLAGS)
-            seen = (k_idx[:, None] >= first[None, :]) & (k_idx[:, None] < last[None, :])
-            seen = predicates(seen, data[0], at, near[None, :], near_k[:, None], PREDICATES)
+            seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
             p, pu = tl.where(seen, p, 0.0), tl.where(seen, pu, 0.0)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
         if FLAGS[7]:
@@ -290,8 +313,8 @@ def dkdv_jvp_tiles(
 
 @kernel
 def backward_dkdv_jvp(
-    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dk_out, dv_out, data, tscores, bounds, strides, scale, n_q, n_k,
-    start, stop, q_at, k_at, n_kv, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
+    q, k, v, tq, tk, tv, do, tdo, lse2, tlse, delta, tdelta, dk_out, dv_out, data, tscores, strides, scale, n_q, n_k, start,
+    stop, q_at, k_at, n_kv, n_b, n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr,
     PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -301,6 +324,7 @@ def backward_dkdv_jvp(
     V_DIM: tl.constexpr = DIMS[3]
     TDO: tl.constexpr = tdo is not None
     size = (n_q, n_k, start, stop, q_at, k_at)
+    call = (data, size, n_b)
     k0, b, kv = program_tile(n_k, n_kv, BLOCK_K, False)
     k_idx = k0 + tl.arange(0, BLOCK_K)
     k_tile = load_rows(head_of(k, b, kv, strides[1]), k0, strides[1], 0, n_k, BLOCK_K, DIMS[0], DIMS[1], True)
@@ -311,7 +335,8 @@ def backward_dkdv_jvp(
     dv = tl.zeros([BLOCK_K, V_DIM], tl.float32)
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
-        lo, full_lo, full_hi, hi = row_range(data[0], bounds, r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS[0], BLOCK_K)
+        walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
+        columns = (k_idx, r, b, h)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[6])
         tq_head, tdo_head = head_of(tq, b, h, strides[3]), do_head
         if TDO:
@@ -319,14 +344,13 @@ def backward_dkdv_jvp(
         row = (b * n_kv * GROUP + h) * n_pad
         dk, dv = dkdv_jvp_tiles(
             dk, dv, k_tile, v_tile, tk_tile, tv_tile, q_head, tq_head, do_head, tdo_head, lse2 + row, tlse + row, delta + row,
-            tdelta + row, strides, k_idx, k0, r, b, h, full_lo, full_hi, 0, 0, scale, size, n_b, data, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, False,
+            tdelta + row, strides, walk, columns, k0, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
+            PRECISION, TDO, False,
         )  # fmt: skip
-        jump = full_hi - full_lo
         dk, dv = dkdv_jvp_tiles(
             dk, dv, k_tile, v_tile, tk_tile, tv_tile, q_head, tq_head, do_head, tdo_head, lse2 + row, tlse + row, delta + row,
-            tdelta + row, strides, k_idx, k0, r, b, h, lo, hi - jump, full_lo, jump, scale, size, n_b, data, tscores, FLAGS,
-            PREDICATES, SCORES, PUSHED, DIMS, BLOCKS, PRECISION, TDO, True,
+            tdelta + row, strides, walk, columns, k0, scale, call, tscores, FLAGS, PREDICATES, SCORES, PUSHED, DIMS, BLOCKS,
+            PRECISION, TDO, True,
         )  # fmt: skip
     if FLAGS[7]:
         dv = dv * data[3][3]

@@ -39,6 +39,15 @@ def load_rows(
 
 
 @jit
+def mean_row(x, first, strides, lo, hi, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """The mean of the rows of a tile that are in [lo, hi); what is not finite (a hidden key may be) counts as 0. # [PADDED]"""
+    tile = load_rows(x, first, strides, lo, hi, ROWS, DIM, PADDED, True).to(tl.float32)
+    tile = tl.where(tl.abs(tile) < float("inf"), tile, 0.0)
+    n = tl.minimum(first + ROWS, hi) - tl.maximum(first, lo)
+    return tl.sum(tile, 0) / tl.maximum(n, 1).to(tl.float32)
+
+
+@jit
 def rounded(x, DTYPE: tl.constexpr):
     """float32 x in DTYPE, to nearest, half to even."""
     if UPCAST and tl.bfloat16 == DTYPE:  # the interpreter would cut the low bits off

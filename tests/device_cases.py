@@ -64,7 +64,25 @@ class Tilt(fa.Additive):
         return (tilt,)
 
 
+def checkerboard(n_h, n_q, n_k, size=64):
+    """Squares of a board, visible and hidden in turn, the other way round for every second head."""
+    h, q, k = torch.arange(n_h)[:, None, None], torch.arange(n_q)[:, None], torch.arange(n_k)
+    return ((q // size + k // size + h) % 2 == 0)[None]
+
+
+def documents(n_q, n_k):
+    """Three documents as a bool tensor; the last rows are in none, and the keys of the second are seen by no row."""
+    cut = torch.tensor([0.3, 0.45, 0.9])
+    row, key = (torch.bucketize(torch.arange(n) / n, cut, right=True) for n in (n_q, n_k))
+    return (row[:, None] == key) & (row != 3)[:, None] & (key != 1)
+
+
 MASKS = {
     **cases.MASKS,
     "custom": lambda b, h, q, k: fa.Custom(cases.everything_but_diagonal_stripes, stripes) & fa.Causal("top_left"),
+    "dense_documents": lambda b, h, q, k: fa.Dense(documents(q, k)) & fa.Causal("bottom_right"),
+    "checkerboard": lambda b, h, q, k: fa.Dense(checkerboard(h, q, k))
+    & (fa.SinkTokens(3) | fa.SlidingWindow(q // 2, 9, "top_left")),
+    "dense_custom": lambda b, h, q, k: fa.Dense(checkerboard(1, q, k, 48))
+    & fa.Custom(cases.everything_but_diagonal_stripes, stripes),
 }

@@ -8,20 +8,21 @@ from processes import copied, suite
 from test_triton import needs_triton
 
 pytestmark = needs_triton
-FEATURES = "interpreted/features.py::"
+FEATURES, TANGENTS = "interpreted/features.py::", "interpreted/tangents.py::"
+DENSE = FEATURES + "test_block_structured_dense_masks[{}]"
 TILES = FEATURES + "test_long_enough_for_every_kind_of_tile[{}]"
 
 # name -> (file, what stands there, the fault, the test that must see it)
 MUTANTS = {
-    "mask bound": ("forward.py", "(k_idx[None, :] < stop[:, None])", "(k_idx[None, :] <= stop[:, None])",
+    "mask bound": ("walk.py", "(k_idx[None, :] < rows[2][:, None])", "(k_idx[None, :] <= rows[2][:, None])",
                    TILES.format("causal")),
     "row mask of the column pass": ("backward.py", "p = tl.where(seen, p, 0.0)", "p = p * 1.0", TILES.format("causal")),
     "full run too long": ("masks.py", "full_hi = tl.min(tl.where(ok, stop, n_k))", "full_hi = tl.max(tl.where(ok, stop, 0))",
                           TILES.format("causal")),
     "last row of a key tile": ("masks.py", "last = tl.where(some, row + 1, last)", "last = tl.where(some, row, last)",
                                TILES.format("sinks_window")),
-    "jump over the full run": ("backward.py", "q0 = tl.where(tile < jump_at, tile, tile + jump)",
-                               "q0 = tl.where(tile < jump_at, tile, tile + jump * 0)", TILES.format("causal")),
+    "jump over the full run": ("walk.py", "tl.where(step < run[2], step, step + run[3])",
+                               "tl.where(step < run[2], step, step + run[3] * 0)", TILES.format("causal")),
     "column mask of a head": ("tiles.py", "inside = inside & (tl.arange(0, PADDED) < DIM)[None, :]", "inside = inside",
                               FEATURES + "test_wide_heads[96]"),
     "transposed strides": ("tiles.py", "b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]",
@@ -29,9 +30,9 @@ MUTANTS = {
                            FEATURES + "test_coordinates[0.0-offsets]"),
     "strides of k for v": ("forward.py", "load_rows(v, k0, strides[2],", "load_rows(v, k0, strides[1],",
                            FEATURES + "test_wide_heads[96]"),
-    "dropout offset of the row pass": ("forward.py", "kept(data[3], b, at, k0 + size[5],", "kept(data[3], b, at, k0,",
+    "dropout offset of the row pass": ("forward.py", "at, k0 + size[5],", "at, k0,",
                                        FEATURES + "test_dropout_bits_are_those_of_the_cpu[4]"),
-    "dropout offset of the backward": ("backward.py", "kept(data[3], b, at, k0 + size[5],", "kept(data[3], b, at, k0,",
+    "dropout offset of the backward": ("backward.py", "at, k0 + size[5],", "at, k0,",
                                        FEATURES + "test_coordinates[0.3-offsets]"),
     "a word of dropout": ("dropout.py", "tl.interleave(w0, w2), tl.interleave(w1, w3)",
                           "tl.interleave(w0, w1), tl.interleave(w2, w3)",
@@ -46,6 +47,30 @@ MUTANTS = {
                             FEATURES + "test_keys_with_a_mean"),
     "a sink in the zero sum": ("backward.py", "total -= row_delta * tl.exp2(sink * LOG2E - row_lse)", "total -= 0.0 * sink",
                                FEATURES + "test_dv_alone_and_dlse_alone"),
+    "a mixed tile taken for full": ("dense.py", "full = some & (hidden == 0) &", "full = some &", DENSE.format("documents")),
+    "a cell that is seen": ("dense.py", "(some + 2 * hidden).to", "(tl.where(k_cell == 1, 0, some) + 2 * hidden).to",
+                            DENSE.format("documents")),
+    "a tile of several cells": ("dense.py", "tl.max(found & 1, 1) > 0", "tl.min(found & 1, 1) > 0", DENSE.format("documents")),
+    "a full tile beyond its span": ("dense.py", "& (tile * BLOCK < full_hi)", "", DENSE.format("with lengths")),
+    "full in spite of a custom mask": ("dense.py", "if FLAGS[9] == 2:", "if FLAGS[9] == 3:", DENSE.format("with a custom one")),
+    "the last mixed tile": ("walk.py", "(walk[3] - walk[2]) * BLOCK, walk[3] * BLOCK",
+                            "(walk[3] - walk[2]) * BLOCK, (walk[3] - 1) * BLOCK", DENSE.format("documents")),
+    "the lists of a head": ("walk.py", "(b * lists[1] + h * lists[2] + r) * n_own", "(b * lists[1] + r) * n_own",
+                            DENSE.format("two tensors")),
+    "the map of a gradient": ("grads.py", "one + q0 // BLOCKS[0], one + k0 // BLOCKS[1]",
+                              "one + k0 // BLOCKS[1], one + q0 // BLOCKS[0]", DENSE.format("rows")),
+    "the shift of a tangent": ("tangents.py", "acc -= (mean - shift)[:, None] * o", "acc -= mean[:, None] * o",
+                               TANGENTS + "test_keys_and_values_with_a_mean[False-False]"),
+    "the zero sum of a tangent": ("tangents.py", "dq -= toff[:, None] * mean_k[None, :] + off[:, None] * mean_tk[None, :]",
+                                  "dq -= off[:, None] * mean_tk[None, :]",
+                                  TANGENTS + "test_keys_and_values_with_a_mean[False-False]"),
+    "the sums of a sink": ("tangents.py", "toff -= tl.load(tsums + row)", "toff -= 0.0",
+                           TANGENTS + "test_keys_and_values_with_a_mean[False-True]"),
+    "a crossed term of both directions": ("tangents2.py", "mixed = crossed(q1, q2, k1, k2, PRECISION)",
+                                          "mixed = crossed(q1, q1, k1, k1, PRECISION)",
+                                          TANGENTS + "test_tangents_of_tangents[everything-causal-none-float32-0.0]"),
+    "a parameter's tangent": ("grads.py", "PUSHED, BEHIND,", "PUSHED, 0,",
+                              TANGENTS + "test_tangents[some-sinks_window-chain-float32-0.0]"),
 }  # fmt: skip
 
 

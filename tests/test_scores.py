@@ -96,6 +96,21 @@ def test_relative(shape, offset):
     assert_same(fa.RelativeBias(table, offset), lambda s: s + table[..., at], [table])
 
 
+@pytest.mark.parametrize("shape", [(20, 20), (H, 20, 1), (1, 20), (B, 1, 20, 20)])
+def test_a_bias_at_coordinates_that_differ_by_batch_entry(shape):
+    """Entries that share a bias read and move other places of it."""
+    q, k, v = qkv()
+    bias, rows = make(*shape, seed=3), torch.stack([torch.arange(N_Q) * 2, torch.arange(N_Q).flip(0)])
+
+    def grads(backend):
+        coords = fa.Coordinates(q=rows, k=torch.arange(N_K).flip(0)[None])
+        out, lse = fa.attention(q, k, v, score=fa.Bias(bias), coords=coords, return_lse=True, backend=backend)
+        return torch.autograd.grad((out * torch.arange(D)).sum() + (lse * torch.arange(N_Q)).sum(), (q, k, v, bias))
+
+    for ours, exact in zip(grads("tiled"), grads("reference"), strict=True):
+        assert_close(ours, exact)
+
+
 def test_relative_with_gaps_in_the_coordinates():
     """The same entries where positions are tensors as where they are consecutive."""
     table, (q, k, v) = make(H, 5, seed=3), qkv()

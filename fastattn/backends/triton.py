@@ -12,19 +12,20 @@ from torch import Tensor
 
 from ..kernels import backward as backward_kernels
 from ..kernels import forward as forward_kernels
-from ..kernels import grads as grad_kernels
 from ..kernels import shim
 from ..kernels.launch import table_of
+from ..masks import DensePredicate
 from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows
 from ..scores import Additive, Pointwise, Score
 from ..scores.base import on_device_too
-from ..scores.relative import diagonal_sums
 from . import blocked, triton_call
 from .facts import facts
 from .operands import sink_weight, sum_rows_like
-from .triton_call import Call, cdiv, config, on_device, prepare, strides_of
-from .triton_rows import Statistics, key_bounds, statistics
-from .triton_tangents import TANGENTS, backward_jvp, forward_jvp, forward_jvp2
+from .triton_call import Call, cdiv, config, on_device, strides_of
+from .triton_params import param_grads, params_by_torch
+from .triton_rows import Statistics, statistics
+from .triton_tangents import TANGENTS, TWICE, backward_jvp, forward_jvp, forward_jvp2
+from .triton_tiles import column_pass, prepare, row_pass
 
 __all__ = [
     "backward", "backward_jvp", "description", "falls_back", "forward", "forward_jvp", "forward_jvp2", "refusals", "supports",
@@ -66,27 +67,14 @@ def refusals(
 
 def falls_back(p: Problem) -> list[tuple[str, str]]:
     """(what, why) for the derivatives of p that torch operations compute."""
-    found = []
+    found, by_torch = [], "tiles of torch operations compute them, on the same device"
     if misfit := triton_call.misfit(*facts(p)[:4], TANGENTS):
-        found.append(("tangent kernels", f"{misfit}; tiles of torch operations compute them, on the same device"))
-    found += [("a kernel for forward mode over forward mode", "tiles of torch operations compute it, on the same device")]
-    if p.params:
-        found.append(("a kernel for the second order of parameters", "tiles of torch operations compute their part"))
-        if _params_by_torch(p):
-            found.append(("a kernel for the gradient of parameters", f"{_params_by_torch(p)}; torch operations sum it"))
+        found.append(("tangent kernels", f"{misfit}; {by_torch}"))
+    elif misfit := triton_call.misfit(*facts(p)[:4], TWICE):
+        found.append(("a kernel for forward mode over forward mode", f"{misfit}; {by_torch}"))
+    if p.params and (reason := params_by_torch(p)):
+        found.append(("a kernel for the gradient of parameters", f"{reason}; torch operations sum it"))
     return found
-
-
-def _params_by_torch(p: Problem) -> str | None:
-    """Why the kernels do not sum the gradients of the scores' parameters, or None."""
-    for score in p.scores:
-        if len(score.params) > 1 or (score.params and score.device_gradient() is None):
-            return f"score {score.name} does not say how kernels sum its gradient (device_gradient)"
-    if misfit := triton_call.misfit(*facts(p)[:4], ("grads",)):
-        return misfit
-    if isinstance(p.coords.q, Tensor) or isinstance(p.coords.k, Tensor):
-        return "coordinates of rows or keys come from a tensor"
-    return None
 
 
 def description(p: Problem) -> str:
@@ -100,7 +88,9 @@ def description(p: Problem) -> str:
         note = f"unmeasured on {arch}" + ("" if table_of(arch) == arch else f", with the tiles of {table_of(arch)}")
     how = config(p, "forward")
     tile = f"{how.block_q} x {how.block_k}, {how.num_warps} warps, {how.num_stages} stages"
-    return f"fused Triton kernel, tiles of {tile} ({note})"
+    dense = any(isinstance(x, DensePredicate) for x in p.mask.predicates)
+    skipping = "; a map of the bool mask, made on the device, says which tiles are empty, full or mixed" if dense else ""
+    return f"fused Triton kernel, tiles of {tile} ({note}){skipping}"
 
 
 # Forward
@@ -116,9 +106,10 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(p.q):
         triton_call.run(
             forward_kernels.forward, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, out, out_lo, lse,
-            p.sinks, call.data, (*call.strides, out.stride(), strides_of(out_lo, 4), strides_of(p.sinks, 2)), p.scale,
-            *call.ints, p.n_h, max(p.n_b_coords, 1), call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
-            call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+            p.sinks, row_pass(p, call, how),
+            (*call.strides, out.stride(), strides_of(out_lo, 4), strides_of(p.sinks, 2)), p.scale, *call.ints, p.n_h,
+            max(p.n_b_coords, 1), call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
+            (how.block_q, how.block_k), call.precision,
         )  # fmt: skip
     return out, lse, p.q.new_empty(0) if out_lo is None else out_lo
 
@@ -135,9 +126,8 @@ def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, ls
         _launch_dkdv(p, call, rows, dk, dv)
     if not p.param_grads or not p.params:
         dparams = []
-    elif _params_by_torch(p) is None:
-        with on_device(p.q):
-            dparams = _param_grads(p, call, rows)
+    elif params_by_torch(p) is None:
+        dparams = param_grads(p, call, rows.do, rows.lse2, rows.delta)
     else:
         dparams = blocked.backward(p, do, dlse, out, lse, out_lo).params
     dsinks = None
@@ -150,7 +140,7 @@ def _launch_dq(p: Problem, call: Call, rows: Statistics, dq: Tensor) -> None:
     how = config(p, "dq")
     triton_call.run(
         backward_kernels.backward_dq, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, rows.do, rows.lse2,
-        rows.delta, rows.dlse, p.sinks, dq, call.data,
+        rows.delta, rows.dlse, p.sinks, dq, row_pass(p, call, how),
         (*call.strides, rows.do.stride(), dq.stride(), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, max(p.n_b_coords, 1), rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
         call.spans, call.dims, (how.block_q, how.block_k), call.precision,
@@ -162,56 +152,8 @@ def _launch_dkdv(p: Problem, call: Call, rows: Statistics, dk: Tensor, dv: Tenso
     how = config(p, "dkdv")
     triton_call.run(
         backward_kernels.backward_dkdv, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how, *call.operands, rows.do, rows.lse2,
-        rows.delta, dk, dv, call.data, key_bounds(p, call, how.block_k),
+        rows.delta, dk, dv, column_pass(p, call, how),
         (*call.strides, rows.do.stride(), dk.stride(), dv.stride()), p.scale, *call.ints, p.n_kv, max(p.n_b_coords, 1),
         rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
         (how.block_q, how.block_k), call.precision,
     )  # fmt: skip
-
-
-def _param_grads(p: Problem, call: Call, rows: Statistics) -> list[Tensor]:
-    """The gradient of every Additive's parameter."""
-    how, found = config(p, "grads"), []
-    for i, score in enumerate(p.scores):
-        if not score.params:
-            continue
-        assert isinstance(score, Additive)
-        plan = score.device_gradient()
-        assert plan is not None
-        q_tiles, k_tiles = cdiv(p.n_q, how.block_q), cdiv(p.n_k, how.block_k)
-        block_k = how.block_q if plan.shape == "diagonals" else how.block_k
-        n_b, n_h = p.n_b if plan.keep_b else 1, p.n_h if plan.keep_h else 1
-        if plan.shape == "tile":
-            tiles, shape = q_tiles * k_tiles, [n_b, n_h, p.n_q, p.n_k]
-        elif plan.shape == "keys":
-            tiles, shape = k_tiles, [n_b, n_h, p.n_k]
-        elif plan.shape == "rows":
-            tiles, shape = q_tiles, [n_b, n_h, p.n_q]
-        else:
-            tiles = max(q_tiles + cdiv(p.n_k, block_k) - 1, 0)
-            shape = [n_b, n_h, tiles, how.block_q, block_k]
-        sums = torch.empty(shape, dtype=torch.float32, device=p.q.device)
-        if sums.numel() == 0 or p.n_q == 0 or p.n_k == 0:
-            found.append(torch.zeros_like(score.params[0]))
-            continue
-        triton_call.run(
-            grad_kernels.score_grads, tiles * n_b * n_h, how, *call.operands, rows.do, rows.lse2, rows.delta, sums,
-            call.data, score.device_args(), (*call.strides, rows.do.stride()), p.scale, *call.ints, p.n_h,
-            max(p.n_b_coords, 1), rows.delta.shape[2], p.n_b, call.flags, call.predicates, call.chain,
-            p.n_h // max(p.n_kv, 1), call.spans, call.dims, (how.block_q, block_k), call.precision, i + 1, plan.weight,
-            plan.shape, plan.keep_b, plan.keep_h,
-        )  # fmt: skip
-        q_at, k_at = call.ints[4:]
-        if plan.shape == "diagonals":
-            sums, q_at = _folded(sums, p.n_q, p.n_k), q_at + p.n_q - 1
-        found.append(plan.finish(sums, q_at, k_at).to(score.params[0].dtype))
-    return found
-
-
-def _folded(sums: Tensor, n_q: int, n_k: int) -> Tensor:
-    """(.., tiles, n, n) -> (.., distances): sums by k - q, from 1 - n_q up, of tiles whose k - q grows by n."""
-    n = sums.shape[-1]
-    by_tile = torch.nn.functional.pad(diagonal_sums(sums.double()), (0, 1))  # (.., tiles, 2n): from 1 - n
-    low, high = by_tile[..., :n], by_tile[..., n:]
-    lines = torch.nn.functional.pad(low, (0, 0, 0, 1)) + torch.nn.functional.pad(high, (0, 0, 1, 0))
-    return lines.flatten(-2).narrow(-1, cdiv(n_q, n) * n - n_q, n_q + n_k - 1)

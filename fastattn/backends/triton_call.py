@@ -43,7 +43,7 @@ class Call(NamedTuple):
     """A Problem as the arguments that all kernels share."""
 
     data: tuple[Any, ...]  # of the mask, the coordinates, the scores and dropout
-    flags: tuple[int, ...]  # what is static: of the spans (3), the coordinates (4) and dropout (2)
+    flags: tuple[int, ...]  # what is static: of the spans (3), the coordinates (4), dropout (2) and the tile map (1 or 3)
     predicates: tuple[Any, ...]
     chain: tuple[tuple[Any, ...], ...]
     ints: tuple[int, ...]  # n_q, n_k, start, stop, q_at, k_at
@@ -52,9 +52,11 @@ class Call(NamedTuple):
     precision: str
     operands: tuple[Tensor, Tensor, Tensor]
     strides: tuple[tuple[int, ...], ...]  # of q, k, v
+    cells: Tensor | None  # the tile map, where there is a bool tensor
 
     @property
     def rows(self) -> bool:
+        """Whether spans are tensors."""
         return bool(self.flags[0])
 
 
@@ -68,9 +70,9 @@ def prepare(p: Problem) -> Call:
     dims = (p.q.shape[3], padded(p.q.shape[3]), p.v_dim, padded(p.v_dim))
     return Call(
         (mask, coords, tuple(score.device_args() for score in p.scores), dropout),
-        (*span_flags, *coord_flags, *dropout_flags), predicates, chain,
+        (*span_flags, *coord_flags, *dropout_flags, _map_flag(predicates)), predicates, chain,
         (p.n_q, p.n_k, start, stop, q_at, k_at),
-        spans, dims, precision(), operands, tuple(x.stride() for x in operands),
+        spans, dims, precision(), operands, tuple(x.stride() for x in operands), None,
     )  # fmt: skip
 
 
@@ -101,35 +103,22 @@ def _mask_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any,
         data.append(())
         functions.append(masks.always)
     spans, rows = p.mask.spans, p.mask.rows
-    hulls = [hull(x.tensor) for x in p.mask.predicates if isinstance(x, DensePredicate) and x.tensor.shape[3] > 1]
-    if spans is None or len(spans) > 1 or hulls:
-        rows = p.mask.rows_tensors(p.q.device) if rows is None else rows
-        for low, high in hulls:
-            low = torch.maximum(rows[0], low)
-            rows = low, torch.maximum(torch.minimum(rows[1], high), low)
-        a, b = (x.contiguous() for x in rows)
+    if spans is None or len(spans) > 1:
+        a, b = (x.contiguous() for x in (p.mask.rows_tensors(p.q.device) if rows is None else rows))
         n_b, n_h, n_spans, _ = a.shape
         apart = (n_h * n_spans if n_b > 1 else 0, n_spans if n_h > 1 else 0)
-        return ((a, b, *apart), tuple(data)), (1, 0, 0), tuple(functions), n_spans, 0, 0
+        return ((a, b, *apart), tuple(data), ()), (1, 0, 0), tuple(functions), n_spans, 0, 0
     ((start, stop),) = spans
     tensors = [x.const if isinstance(x.const, Tensor) else None for x in (start, stop)]
     strides = tuple(strides_of(x, 1)[0] for x in tensors)
     ints = [0 if isinstance(x.const, Tensor) else max(-REACH // 2, min(int(x.const), REACH // 2)) for x in (start, stop)]
     flags = (0, int(start.row), int(stop.row))
-    return ((*tensors, *strides), tuple(data)), flags, tuple(functions), 1, ints[0], ints[1]
+    return ((*tensors, *strides), tuple(data), ()), flags, tuple(functions), 1, ints[0], ints[1]
 
 
-def hull(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(start, stop), int32 (B|1, H|1, 1, Lq|1): the keys of a bool tensor outside of which a row sees nothing."""
-    n_b, n_h, n_q, n_k = mask.shape
-    start, stop = (torch.empty(n_b, n_h, 1, n_q, dtype=torch.int32, device=mask.device) for _ in range(2))
-    strides, how = plane_strides(mask), Launch(64, 64, 4, 1)
-    with on_device(mask):
-        run(
-            masks.dense_hull, cdiv(n_q, how.block_q) * n_b * n_h, how,
-            mask.view(torch.uint8), start, stop, strides, wide_plane(mask), n_q, n_k, n_h, how.block_q, how.block_k,
-        )  # fmt: skip
-    return start, stop
+def _map_flag(predicates: tuple[Any, ...]) -> int:
+    """Whether there is a bool tensor, whose tiles are classified: 2 where other predicates stand beside it."""
+    return int(None in predicates) << int(any(x is not None for x in predicates))
 
 
 def _coord_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], int, int]:

@@ -1,18 +1,17 @@
-"""What the backward's kernels of the Triton backend know beside their operands: rows' statistics, and keys' bounds."""
+"""What the backward's kernels of the Triton backend know of rows beside their operands."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import backward as backward_kernels
-from ..kernels import masks as mask_kernels
 from ..kernels.launch import Launch, padded
 from ..problem import Problem
 from . import triton_call
-from .triton_call import PAD, Call, cdiv, on_device, reachable, strides_of
+from .triton_call import PAD, cdiv, on_device, reachable, strides_of
 
 
 class Statistics(NamedTuple):
@@ -40,17 +39,3 @@ def statistics(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, 
             do, out, low, lse.contiguous(), dlse, delta, lse2, strides, p.n_q, n_pad, p.n_h, p.v_dim, padded(p.v_dim), block,
         )  # fmt: skip
     return Statistics(do, delta, lse2, dlse)
-
-
-def key_bounds(p: Problem, call: Call, block_k: int) -> tuple[Any, ...]:
-    """(table, entry and head strides in spans) of the rows that each key tile needs; empty for affine spans."""
-    if not call.rows:
-        return ()
-    start, stop = call.data[0][0][:2]
-    n_b, n_h, spans, n_q = start.shape
-    tiles = cdiv(p.n_k, block_k)
-    bounds = torch.empty(n_b * n_h * spans, tiles, 4, dtype=torch.int32, device=start.device)
-    how = Launch(0, block_k, 4, 1)
-    programs = tiles * n_b * n_h * spans
-    triton_call.run(mask_kernels.span_bounds, programs, how, start, stop, bounds, n_q, p.n_k, tiles, block_k, 256)
-    return bounds, (n_h * spans if n_b > 1 else 0), (spans if n_h > 1 else 0)

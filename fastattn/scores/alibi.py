@@ -69,7 +69,8 @@ class ALiBi(Additive, built_in="alibi"):
         from ..kernels import scores
 
         weight = scores.alibi_rel_weight if self.static == "rel" else scores.alibi_abs_weight
-        return DeviceGradient("rows", True, True, weight, lambda sums, q, k: sums.sum(2).sum_to_size(self.params[0].shape))
+        finish = lambda sums, q, k: sums.sum(2).sum_to_size(self.params[0].shape)
+        return DeviceGradient("rows", True, True, weight, finish, anywhere=True)
 
 
 def alibi_slopes(n_heads: int, device: torch.device | str | None = None) -> Tensor:

@@ -35,7 +35,8 @@ class DeviceGradient(NamedTuple):
     weight: Any  # Triton function of (at, args) that multiplies the gradient of the score
     # (sums, q, k) -> a tensor like the parameter; q and k are the coordinates of the sums' first row and key. Diagonals
     # come summed, as (B|1, H|1, distances), and the first is that of the last row q and the first key k.
-    finish: Callable[[Tensor, int, int], Tensor]
+    finish: Callable[[Tensor, Any, Any], Tensor]
+    anywhere: bool = False  # whether q and k may be int tensors (B|1, n), the coordinates of all rows and of all keys
 
 
 class Score:

@@ -67,7 +67,8 @@ class Bias(Additive, built_in="bias"):
 
     def accumulate(self, grads: list[Tensor], g: Tensor, tile: Tile) -> None:
         target = tile.heads(grads[0])
-        dims = [d for d in range(4) if target.shape[d] == 1 and g.shape[d] != 1]
+        own_places = any(target.shape[d] > 1 and x.shape[0] > 1 for d, x in ((2, tile.q), (3, tile.k)))  # by batch entry
+        dims = [d for d in range(int(own_places), 4) if target.shape[d] == 1 and g.shape[d] != 1]
         g = g.sum(dims, keepdim=True) if dims else g
         add_along(target, g, tile)
 
@@ -86,22 +87,34 @@ class Bias(Additive, built_in="bias"):
 
         n_b, n_h, rows, keys = self.params[0].shape
         if rows > 1 and keys > 1:
-            return DeviceGradient("tile", n_b > 1, n_h > 1, scores.ones, self._placed)
+            return DeviceGradient("tile", n_b > 1, n_h > 1, scores.ones, self._placed, anywhere=True)
         shape = "keys" if keys > 1 else "rows"
-        return DeviceGradient(shape, True, True, scores.ones, self._placed)
+        return DeviceGradient(shape, True, True, scores.ones, self._placed, anywhere=True)
 
-    def _placed(self, sums: Tensor, q: int, k: int) -> Tensor:
-        """The gradient from a kernel's sums, whose first row and key have the coordinates q and k."""
+    def _placed(self, sums: Tensor, q: int | Tensor, k: int | Tensor) -> Tensor:
+        """The gradient from a kernel's sums of rows and keys at the coordinates q and k (of the first, or of all)."""
         _, _, rows, keys = shape = self.params[0].shape
         if sums.dim() == 3:
             sums = sums[:, :, None] if keys > 1 else sums[..., None]
-        sums = sums.sum_to_size(*(n if i < 2 or n == 1 else sums.shape[i] for i, n in enumerate(shape)))
-        if sums.shape == shape:
-            return sums
-        total = torch.zeros(shape, dtype=sums.dtype, device=sums.device)
-        part = total[:, :, q : q + sums.shape[2]] if rows > 1 else total
-        (part[..., k : k + sums.shape[3]] if keys > 1 else part).copy_(sums)
+        sums = _spread(sums, 2, rows, q)
+        return _spread(sums, 3, keys, k).sum_to_size(shape)
+
+
+def _spread(x: Tensor, dim: int, n: int, at: int | Tensor) -> Tensor:
+    """x summed into n places along dim: from `at` on, or at the places `at` (B|1, size of x), clamped to those there are."""
+    if n == 1:
+        return x.sum(dim, keepdim=True)
+    shape = list(x.shape)
+    shape[dim] = n
+    if not isinstance(at, Tensor):
+        total = x.new_zeros(shape)
+        total.narrow(dim, at, x.shape[dim]).copy_(x)
         return total
+    lines, values = x.new_zeros(shape).movedim(dim, 1), x.movedim(dim, 1)  # (B|1, n, ..)
+    entry = torch.arange(at.shape[0], device=x.device)[:, None]
+    if at.shape[0] == 1:
+        entry = torch.arange(x.shape[0], device=x.device)[:, None]
+    return lines.index_put((entry, at.long().clamp(0, n - 1)), values, accumulate=True).movedim(1, dim)
 
 
 def _along(x: Tensor, dim: int, part: slice | None, index: Tensor, tile: Tile) -> Tensor:

@@ -1,10 +1,11 @@
-"""Kernels against float64: a pairwise covering array over every feature, size and dtype, forward and backward."""
+"""Kernels against float64, forward and backward: a pairwise covering array over every feature, size and dtype, and every mask
+with every score."""
 
 import pytest
 import torch
 from device_cases import DEVICE, MASKS
 from pairs import pairwise
-from test_covering import FACTORS, check, describe
+from test_covering import FACTORS, SCORES, check, describe
 
 ROWS = pairwise(
     {
@@ -25,3 +26,13 @@ def test_pairwise(i):
     v_dim = row["head_dim"] if v_dim == "equal" else row["head_dim"] // 2 + 3
     n_b = 2 if n_q < 10 else 1
     check(**row, n_k=n_k, v_dim=v_dim, n_b=n_b, backend="triton", masks=MASKS, lse=(i % 2 == 0,), device=DEVICE)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_with_every_score(mask, score):
+    """At one odd size, where most passes have two tiles, the second ragged."""
+    check(
+        mask, score, True, (2, 1), 0.0, torch.float32, 21, 37, 8, 8, False, n_b=1, backend="triton", masks=MASKS, lse=(True,),
+        device=DEVICE,
+    )  # fmt: skip

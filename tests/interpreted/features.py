@@ -1,18 +1,20 @@
 """Single promises of the kernels: dropout's bits, coordinates, memory, repeatability, exactness."""
 
+import dataclasses
 import json
 import time
 
 import cases
+import numpy as np
 import pytest
 import torch
 from bars import assert_within, errors
-from device_cases import DEVICE, MASKS, Square, Tilt, stripes
+from device_cases import DEVICE, MASKS, Square, Tilt, checkerboard, documents, stripes
 from torch.testing import assert_close
 
 import fastattn as fa
 from fastattn import cli, functional
-from fastattn.backends import reference, tiled, triton, triton_call
+from fastattn.backends import reference, tiled, triton, triton_call, triton_tiles
 from fastattn.devtools import tune
 from fastattn.kernels import launch
 
@@ -65,16 +67,67 @@ def test_long_enough_for_every_kind_of_tile(mask):
     assert_grads(gradients(p), gradients(p, tiled), **BAR)
 
 
-def test_a_dense_mask_is_read_once_for_the_keys_it_can_show():
-    visible = torch.ones(2, 1, 70, 90, dtype=torch.bool).tril(3) & (torch.rand(2, 1, 70, 90) < 0.5)
-    visible[:, :, 11] = False
-    start, stop = triton_call.hull(visible.to(DEVICE))
-    index = torch.arange(90)
-    inside = (index >= start.cpu()[..., None]) & (index < stop.cpu()[..., None])
-    assert not (visible[:, :, None] & ~inside).any()
-    tight = visible.any(-1)
-    assert torch.equal((stop.cpu() > start.cpu())[:, :, 0], tight)
-    assert torch.equal(start.cpu()[:, :, 0][tight], visible.int().argmax(-1)[tight].int())
+DENSE = {
+    "documents": lambda: fa.Dense(documents(113, 131)),
+    "by head and entry": lambda: fa.Dense(checkerboard(2, 113, 131, 32) & cases.dense(2, 1, 113, 1)),
+    "with spans": lambda: fa.Dense(documents(113, 131)) & (fa.SinkTokens(40) | fa.SlidingWindow(37, 0, "top_left")),
+    "with lengths": lambda: fa.Dense(documents(113, 131)) & fa.Lengths(torch.tensor([131, 70])) & fa.Causal("bottom_right"),
+    "two tensors": lambda: fa.Dense(documents(113, 131)) & fa.Dense(checkerboard(2, 113, 131)),
+    "keys": lambda: fa.Dense((torch.arange(131) // 32 != 1)[None]),
+    "rows": lambda: fa.Dense((torch.arange(113) // 32 != 1)[:, None]),
+    "with a custom one": lambda: fa.Dense(documents(113, 131)) & fa.Custom(cases.everything_but_diagonal_stripes, stripes),
+    "nothing": lambda: fa.Dense(torch.zeros(113, 131, dtype=torch.bool)),
+}
+
+
+def tiles_of(pairs, block_q, block_k, beyond_q=False, beyond_k=False):
+    """bool (.., n_q, n_k) as (.., tiles of rows, tiles of keys, pairs), with these values beyond the edges."""
+    pairs = torch.nn.functional.pad(pairs.int(), (0, -pairs.shape[-1] % block_k), value=beyond_k)
+    pairs = torch.nn.functional.pad(pairs, (0, 0, 0, -pairs.shape[-2] % block_q), value=beyond_q)
+    return pairs.unflatten(-1, (-1, block_k)).unflatten(-3, (-1, block_q)).transpose(-2, -3).flatten(-2).bool()
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(("block_q", "block_k"), [(32, 16), (64, 128)])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_walk_over_a_dense_mask(name, block_q, block_k, columns):
+    """Each tile with a visible pair is in its list once, among the first where all is visible, and no empty one is in it."""
+    q, k, v = qkv(n_b=2, n_q=113, n_k=131)
+    p = problem(q, k, v, DENSE[name]())
+    bools = [x.tensor.cpu().expand(2, 2, 113, 131) for x in p.mask.predicates if isinstance(x, fa.masks.DensePredicate)]
+    shown = torch.stack(bools).all(0)[:, :, None]  # (B, H, R, n_q, n_k)
+    start, stop = (x[..., None].cpu() for x in p.mask.rows_tensors(DEVICE))
+    seen = (torch.arange(131) >= start) & (torch.arange(131) < stop) & shown
+    some = tiles_of(seen, block_q, block_k).any(-1)
+    possible = tiles_of(shown, block_q, block_k).any(-1).expand_as(some)  # spans may hide what is left
+    exact = torch.equal(seen, shown.expand_as(seen))
+    full = tiles_of(seen, block_q, block_k, not columns, columns).all(-1) & some  # a tile that is loaded whole has no edge
+    full &= all(isinstance(x, fa.masks.DensePredicate) for x in p.mask.predicates)
+    which = triton_tiles.column_pass if columns else triton_tiles.row_pass
+    lists = which(p, triton_tiles.prepare(p), launch.Launch(block_q, block_k, 1, 1))[0][2][0].cpu().expand(2, 2, -1, -1, -1)
+    some, possible, full = (x.transpose(3, 4) if columns else x for x in (some, possible, full))
+    for at in np.ndindex(*lists.shape[:4]):
+        n_full, n_mixed, *tiles = lists[at].tolist()
+        first, last = tiles[:n_full], sorted(tiles[len(tiles) - n_mixed :])
+        assert first == full[at].nonzero().flatten().tolist()
+        wanted, allowed = (set(x[at].nonzero().flatten().tolist()) - set(first) for x in (some, possible))
+        assert wanted == set(last) or (not exact and wanted <= set(last) <= allowed)
+        assert len(set(last)) == n_mixed
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_block_structured_dense_masks(name):
+    """Values and every gradient; what no row sees holds NaN."""
+    n_b = 2 if name in ("by head and entry", "with lengths") else 1
+    q, k, v = qkv(n_b=n_b, n_q=113, n_k=131, n_kv=1)
+    p = problem(q, k, v, DENSE[name](), fa.ALiBi(cases.leaf(2, dtype=torch.float32, positive=True).detach().to(DEVICE)))
+    truth, grads = exact(p), gradients(p, tiled)
+    hidden = ~p.mask.to_dense(None, n_b, 2).any(2).any(1).to(DEVICE)  # (B, n_k)
+    k, v = (x.masked_fill(hidden[:, None, :, None], torch.nan) for x in (k, v))
+    p = dataclasses.replace(p, k=k, v=v)
+    out, lse, _ = triton.forward(p, False)
+    assert_close((out, lse), tuple(x.float() for x in truth), **BAR)
+    assert_grads(gradients(p), grads, atol=2e-4, rtol=2e-5)
 
 
 @pytest.mark.parametrize("k_at", [0, 3, 4, "tensor"])
@@ -118,6 +171,22 @@ def test_coordinates(name, dropout):
     p = problem(q, k, v, MASKS["custom"](2, 2, 19, 35), scores, dropout=dropout, coords=coords)
     assert_close(triton.forward(p, False)[0], exact(p)[0].float(), **BAR)
     assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("by_entry", [False, True])
+def test_gradients_of_parameters_at_scattered_coordinates(by_entry):
+    """Biases of every shape and slopes: kernels sum them, wherever rows and keys stand; repeated coordinates add up."""
+    q, k, v = qkv(n_b=2, n_q=19, n_k=35)
+    rows = torch.stack([torch.arange(19) * 2 % 31, torch.arange(19).flip(0)])[: 1 + by_entry].to(DEVICE)
+    keys = torch.arange(35).flip(0)[None].to(DEVICE)
+    shapes = ((2, 40, 40), (40, 1), (2, 1, 1, 40)) if not by_entry else ((2, 1, 40, 40), (2, 40, 1), (1, 40))
+    scores = (*(fa.Bias(cases.leaf(*x, dtype=torch.float32).detach().to(DEVICE)) for x in shapes),
+              fa.ALiBi(cases.leaf(2, dtype=torch.float32, positive=True).detach().to(DEVICE)))  # fmt: skip
+    p = problem(q, k, v, fa.Causal("bottom_right"), scores, coords=fa.Coordinates(q=rows, k=keys))
+    assert not triton.falls_back(p)
+    assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
+    table = fa.RelativeBias(torch.zeros(9, device=DEVICE))
+    assert "relative" in str(triton.falls_back(problem(q, k, v, score=table, coords=fa.Coordinates(q=rows))))
 
 
 def test_any_strides():
@@ -267,7 +336,8 @@ def test_through_the_front_with_autograd_and_second_order():
     told = fa.explain(q, k, v, score=cap, backend="triton")
     assert told.backend == "triton"
     assert "tiles of" in told.kernel
-    assert "forward mode over forward mode" in str(told)
+    assert "torch operations" not in str(told)
+    assert "a map of the bool mask" in fa.explain(q, k, v, mask=fa.Dense(documents(9, 11)), backend="triton").kernel
 
 
 def test_a_users_scores():

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 import fastattn as fa
 from fastattn import functional
-from fastattn.backends import tiled, triton
-from fastattn.problem import Tangents
+from fastattn.backends import tiled, triton, triton_tangents
+from fastattn.problem import Tangents, ThreeTangents
 
 LIMIT = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative L2
 
@@ -66,7 +66,7 @@ CALLS = [
     ("documents", "softcap", torch.float32, 0.3),
     ("dense", "bias", torch.float32, 0.2),
     ("custom", "alibi", torch.float32, 0.0),
-    ("lengths", "relative", torch.float32, 0.0),
+    ("bottom_right", "relative", torch.float32, 0.0),
     ("window", "chain", torch.float16, 0.2),
     ("two_sided", "softcap", torch.bfloat16, 0.0),
 ]
@@ -84,8 +84,76 @@ def test_tangents(mask, score, dtype, dropout, everything):
     for name, x, y in zip(names, *both(p, t, everything), strict=True):
         assert not x.isnan().any(), name
         largest, relative = errors(x, y)
-        if "param" not in name or dtype == torch.float32:  # those come from torch operations, and cancel
-            assert relative < LIMIT[dtype] * (10 if "s" in name else 1) or largest < 1e-5, (name, relative)
+        loose = 10 if "s" in name or "param" in name else 1  # sums that cancel
+        assert relative < LIMIT[dtype] * loose or largest < 1e-5, (name, relative)
+
+
+@pytest.mark.parametrize(("mask", "score", "dtype", "dropout"), CALLS, ids=lambda x: str(x).replace("torch.", ""))
+@pytest.mark.parametrize("everything", [True, False], ids=["everything", "some"])
+def test_tangents_of_tangents(mask, score, dtype, dropout, everything):
+    """Along two directions and both; or q's and a parameter's along the first, k's and the sinks' along the second alone."""
+    p = problem(mask, score, dtype, dropout)
+    q, k, v, sinks, *params = random_like(*3 * (p.q, p.k, p.v, p.sinks, *p.params))
+    n = 4 + len(p.params)
+    flat = [q, k, v, sinks, *params]
+    ways = [Tangents(*flat[i : i + 3], flat[i + 4 : i + n], flat[i + 3]) for i in (0, n, 2 * n)]
+    if not everything:
+        none = [None] * len(p.params)
+        ways = [Tangents(q, None, None, [*none[:-1], *params[-1:]] if none else [], None), Tangents(None, k, None, none, sinks),
+                Tangents(None, None, None, none, None)]  # fmt: skip
+    t, p64 = ThreeTangents(*ways), widened(p)
+    t64 = ThreeTangents(*map(wide, ways))
+    saved, saved64 = triton.forward(p, True), tiled.forward(p64, True)
+    along = [triton.forward_jvp(p, x, *saved)[1] for x in ways[:2]]
+    along64 = [tiled.forward_jvp(p64, x, *saved64)[1] for x in t64[:2]]
+    ours, exact = triton.forward_jvp2(p, t, *saved, *along), tiled.forward_jvp2(p64, t64, *saved64, *along64)
+    for name, x, y in zip(("out", "lse"), ours, exact, strict=True):
+        assert not x.isnan().any(), name
+        largest, relative = errors(x, y)
+        assert relative < LIMIT[dtype] * (10 if name == "lse" else 2) or largest < 1e-5, (name, relative)
+
+
+@pytest.mark.parametrize("score", ["chain", "key_bias", "row_bias"])
+def test_second_order_takes_no_torch_operations(score, monkeypatch):
+    """Neither the tangent of the backward, its parameters included, nor the tangents of tangents."""
+    p = problem("causal", score, torch.float32, n_q=9, n_k=11)
+
+    def refuse(*args):
+        raise AssertionError("torch operations were asked")
+
+    for name in ("forward_jvp", "backward_jvp", "forward_jvp2"):
+        monkeypatch.setattr(triton_tangents.tangents, name, refuse)
+    t = Tangents(p.q, p.k, p.v, p.params, p.sinks)
+    out, lse, low = triton.forward(p, True)
+    assert not triton.falls_back(p)
+    assert triton.forward_jvp2(p, ThreeTangents(t, t, t), out, lse, low, lse, lse)[0].shape == out.shape
+    grads = triton.backward_jvp(p, t, out, lse, out, lse, out, lse, low, out, lse)
+    assert [x.shape for x in grads.params] == [x.shape for x in p.params]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("cap", [False, True])
+def test_keys_and_values_with_a_mean(cap, sinks):
+    """Relative L2 errors in bf16: rounding is 1.7e-3 of each, and without the corrections tdq was 2e-2 and tout 9e-3."""
+    q, k, v = (x.detach().to(DEVICE) for x in cases.tensors(1, 1, 1, 64, 64, 32, 32, torch.float32))
+    direction = torch.ones(32, device=DEVICE)
+    direction[::2] = -1
+    q, k, v = (x.bfloat16() for x in (q, k + 3 * direction, v + 3))
+    score, sink = ((fa.Softcap(20.0),) if cap else ()), (torch.ones(1, device=DEVICE) if sinks else None)
+    p = functional.problem(q, k, v, fa.Causal("top_left"), score, sink, None, 0.0, "triton", None, None)
+    p64 = dataclasses.replace(p, q=q.double(), k=k.double(), v=v.double(), sinks=None if sink is None else p.sinks.double())
+    t = Tangents(*random_like(q, k, v), [], None if sink is None else torch.full((1, 1), 0.5, device=DEVICE))
+    saved, saved64 = triton.forward(p, True), tiled.forward(p64, True)
+    do, dlse, tdo, tdlse = random_like(saved[0], saved[1], saved[0], saved[1])
+    way, way64 = triton.forward_jvp(p, t, *saved), tiled.forward_jvp(p64, wide(t), *saved64)
+    ours = triton.backward_jvp(p, t, do, dlse, tdo, tdlse, *saved, *way)
+    exact = tiled.backward_jvp(p64, wide(t), *double(do, dlse, tdo, tdlse), *saved64, *way64)
+    twice = triton.forward_jvp2(p, ThreeTangents(t, t, t), *saved, way[1], way[1])
+    twice64 = tiled.forward_jvp2(p64, ThreeTangents(*3 * (wide(t),)), *saved64, way64[1], way64[1])
+    limits = {"tout": 3e-3, "tdq": 1e-2 if cap else 3e-3, "tdk": 3e-3, "tdv": 3e-3, "out12": 5e-3}
+    found = (way[0], ours.q, ours.k, ours.v, twice[0])
+    for (name, limit), x, y in zip(limits.items(), found, (way64[0], exact.q, exact.k, exact.v, twice64[0]), strict=True):
+        assert errors(x, y)[1] < limit, (name, errors(x, y)[1])
 
 
 def test_second_order_through_autograd():
@@ -109,3 +177,24 @@ def test_forward_mode_through_functorch():
 
     for a, b in zip(along("triton"), along("tiled"), strict=True):
         assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_forward_over_forward_and_double_backward_through_functorch():
+    """With a learned bias and slopes in front of and behind a softcap."""
+    q, k, v = (x.detach().to(DEVICE) for x in cases.tensors(1, 2, 1, 9, 35, 8, 8, torch.float32))
+    bias, slopes = (cases.leaf(*s, dtype=torch.float32, positive=True).detach().to(DEVICE) for s in ((9, 35), (2,)))
+    inputs = (q, k, v, bias, slopes)
+    one, two = tuple(random_like(*inputs)), tuple(reversed(random_like(*reversed(inputs))))
+
+    def second(backend):
+        def f(q, k, v, bias, slopes):
+            score = (fa.Bias(bias), fa.Softcap(3.0), fa.ALiBi(slopes))
+            return fa.attention(q, k, v, mask=fa.Causal("bottom_right"), score=score, backend=backend)
+
+        twice = torch.func.jvp(lambda *x: torch.func.jvp(f, x, one)[1], inputs, two)[1]
+        loss = lambda *x: f(*x).square().sum()
+        first = torch.func.grad(loss, argnums=tuple(range(5)))
+        return twice, *torch.func.grad(lambda *x: sum(g.square().sum() for g in first(*x)), argnums=tuple(range(5)))(*inputs)
+
+    for a, b in zip(second("triton"), second("tiled"), strict=True):
+        assert_close(a, b, atol=2e-4, rtol=2e-4)

@@ -88,4 +88,7 @@ def test_one_tangent():
     way, way64 = triton.forward_jvp(p, t, *saved), tiled.forward_jvp(wide, t64, *saved64)
     ours = triton.backward_jvp(p, t, do, None, tdo, None, *saved, *way)
     exact = tiled.backward_jvp(wide, t64, do.double(), None, tdo.double(), None, *saved64, *way64)
-    assert_near((*way, *ours[:3], ours.sinks), (*way64, *exact[:3], exact.sinks), p.q.dtype, 2.0)
+    assert_near((*way, *ours[:3]), (*way64, *exact[:3]), p.q.dtype, 2.0)
+    # the rows' shares in this one cancel, down to the rounding of tout: against float64 on the same tout
+    same = tiled.backward_jvp(wide, t64, do.double(), None, tdo.double(), None, *saved64, *(x.double() for x in way))
+    assert_near((ours.sinks,), (same.sinks,), p.q.dtype)

@@ -1,0 +1,109 @@
+"""The gradients of the scores' parameters by the Triton backend, and the tangents of these gradients: kernels/grads.py."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import grads as kernels
+from ..kernels.launch import Launch
+from ..problem import Problem
+from ..scores import Additive
+from ..scores.base import DeviceGradient
+from ..scores.relative import diagonal_sums
+from . import triton_call
+from .facts import facts
+from .triton_call import Call, cdiv, config, on_device
+from .triton_tiles import tile_pass
+
+
+class Moved(NamedTuple):
+    """What the tangent of the gradients takes beside the gradients' own arguments."""
+
+    operands: tuple[Tensor | None, ...]  # tangents of q, k, v and do
+    strides: tuple[tuple[int, ...], ...]
+    tlse: Tensor  # (B, H, n_pad)
+    tdelta: Tensor
+    scores: tuple[Any, ...]  # arguments of every modifier at its parameters' tangents
+
+
+def params_by_torch(p: Problem) -> str | None:
+    """Why the kernels do not sum the gradients of the scores' parameters, or None."""
+    for score in p.scores:
+        if len(score.params) > 1 or (score.params and score.device_gradient() is None):
+            return f"score {score.name} does not say how kernels sum its gradient (device_gradient)"
+    if misfit := triton_call.misfit(*facts(p)[:4], ("grads",)):
+        return misfit
+    return _scattered(p)
+
+
+def _scattered(p: Problem) -> str | None:
+    """Why coordinates of rows or keys that come from tensors are more than the kernels' sums can serve, or None."""
+    given = [x for x in (p.coords.q, p.coords.k) if isinstance(x, Tensor)]
+    for score in p.scores if given else ():
+        plan = score.device_gradient() if score.params else None
+        if plan is not None and not plan.anywhere:
+            return f"coordinates of rows or keys come from a tensor, and {score.name} sums along consecutive ones"
+        if plan is not None and plan.shape == "tile" and not plan.keep_b and any(x.shape[0] > 1 for x in given):
+            return f"coordinates differ by batch entry, and {score.name} is shared by all"
+    return None
+
+
+def param_grads(
+    p: Problem, call: Call, do: Tensor, lse2: Tensor, delta: Tensor, moved: Moved | None = None, pushed: tuple[bool, ...] = (),
+) -> list[Tensor]:  # fmt: skip
+    """The gradient of every Additive's parameter, or its tangent along `moved`."""
+    how = config(p, "grads" if moved is None else "jvp dkdv")
+    found = []
+    for i, score in enumerate(p.scores):
+        if not score.params:
+            continue
+        assert isinstance(score, Additive)
+        plan = score.device_gradient()
+        assert plan is not None
+        own = how
+        if plan.shape == "diagonals":  # square tiles
+            own = how._replace(block_q=min(how.block_q, how.block_k), block_k=min(how.block_q, how.block_k))
+        tiles, shape = _sums(p, plan, own)
+        sums = torch.empty(shape, dtype=torch.float32, device=p.q.device)
+        if sums.numel() == 0 or p.n_q == 0 or p.n_k == 0:
+            found.append(torch.zeros_like(score.params[0]))
+            continue
+        with on_device(p.q):
+            triton_call.run(
+                kernels.score_grads, tiles * shape[0] * shape[1], own, *call.operands, do, lse2, delta, sums,
+                tile_pass(call), score.device_args(), () if moved is None else tuple(moved), (*call.strides, do.stride()),
+                p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1), delta.shape[2], p.n_b, call.flags, call.predicates,
+                call.chain, pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims, (own.block_q, own.block_k),
+                call.precision, i + 1, plan.weight, plan.shape, plan.keep_b, plan.keep_h,
+            )  # fmt: skip
+        q_at, k_at = (x if isinstance(x, Tensor) else n for x, n in zip((p.coords.q, p.coords.k), call.ints[4:], strict=True))
+        if plan.shape == "diagonals":
+            sums, q_at = _folded(sums, p.n_q, p.n_k), q_at + p.n_q - 1
+        found.append(plan.finish(sums, q_at, k_at).to(score.params[0].dtype))
+    return found
+
+
+def _sums(p: Problem, plan: DeviceGradient, how: Launch) -> tuple[int, list[int]]:
+    """(tiles of an entry and head, the shape of the kernel's sums)"""
+    n_b, n_h = p.n_b if plan.keep_b else 1, p.n_h if plan.keep_h else 1
+    q_tiles, k_tiles = cdiv(p.n_q, how.block_q), cdiv(p.n_k, how.block_k)
+    if plan.shape == "tile":
+        return q_tiles * k_tiles, [n_b, n_h, p.n_q, p.n_k]
+    if plan.shape == "keys":
+        return k_tiles, [n_b, n_h, p.n_k]
+    if plan.shape == "rows":
+        return q_tiles, [n_b, n_h, p.n_q]
+    tiles = max(q_tiles + k_tiles - 1, 0)
+    return tiles, [n_b, n_h, tiles, how.block_q, how.block_k]
+
+
+def _folded(sums: Tensor, n_q: int, n_k: int) -> Tensor:
+    """(.., tiles, n, n) -> (.., distances): sums by k - q, from 1 - n_q up, of tiles whose k - q grows by n."""
+    n = sums.shape[-1]
+    by_tile = torch.nn.functional.pad(diagonal_sums(sums.double()), (0, 1))  # (.., tiles, 2n): from 1 - n
+    low, high = by_tile[..., :n], by_tile[..., n:]
+    lines = torch.nn.functional.pad(low, (0, 0, 0, 1)) + torch.nn.functional.pad(high, (0, 0, 1, 0))
+    return lines.flatten(-2).narrow(-1, cdiv(n_q, n) * n - n_q, n_q + n_k - 1)

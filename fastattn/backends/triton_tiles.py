@@ -1,0 +1,112 @@
+"""Which tiles the passes of the Triton backend visit, as far as it takes a pre-pass: of bool masks and of columns.
+
+The map of a bool mask's tiles is made once for every verb (kernels/dense.py), and for every pass the lists of the tiles that
+it visits; nothing waits for the device, and nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import dense, masks
+from ..kernels.launch import Launch
+from ..masks import DensePredicate
+from ..problem import Problem
+from . import triton_call
+from .triton_call import Call, cdiv, on_device
+
+CELL = 16  # kernels/dense.py
+BLOCK = Launch(64, 128, 4, 1)  # of the map's pass over the mask
+CHUNK = 64  # tiles of a list that are looked up at once
+
+
+def prepare(p: Problem) -> Call:
+    """The arguments that every kernel of p takes, with the tile map of its bool tensors."""
+    call = triton_call.prepare(p)
+    if not call.flags[9]:
+        return call
+    cells, apart = cell_map(p, call)
+    return call._replace(cells=cells, flags=(*call.flags, *apart))
+
+
+def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
+    """The classes of all cells, int8 (B|1, H|1, cells of rows|1, of keys|1), and whether they tell rows and keys apart."""
+    shapes = [x.tensor.shape for x in p.mask.predicates if isinstance(x, DensePredicate)]
+    n_b, n_h, n_q, n_k = torch.broadcast_shapes(*shapes)
+    cells = torch.empty(n_b, n_h, cdiv(n_q, CELL), cdiv(n_k, CELL), dtype=torch.int8, device=p.q.device)
+    programs = cdiv(n_q, BLOCK.block_q) * cdiv(n_k, BLOCK.block_k) * n_b * n_h
+    mask = ((), call.data[0][1], ())
+    with on_device(p.q):
+        triton_call.run(
+            dense.cell_map, programs, BLOCK, mask, cells, n_q, n_k, n_h, call.predicates, BLOCK.block_q, BLOCK.block_k
+        )
+    return cells, (int(n_q > 1), int(n_k > 1))
+
+
+def row_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
+    """call.data for a pass of tiles of rows over keys."""
+    return call.data if call.cells is None else _with(call, _lists(p, call, how, call.data[0], False))
+
+
+def column_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
+    """call.data for a pass of tiles of keys over rows."""
+    if not call.rows and call.cells is None:
+        return call.data
+    data = _with(call, key_bounds(p, call, how.block_k) if call.rows else ())
+    return data if call.cells is None else _with(call, _lists(p, call, how, data[0], True))
+
+
+def tile_pass(call: Call) -> tuple[Any, ...]:
+    """call.data for a pass that looks tiles up one by one."""
+    return call.data if call.cells is None else _with(call, _map_args(call.cells))
+
+
+def _map_args(cells: Tensor) -> tuple[Any, ...]:
+    n_b, n_h = cells.shape[:2]
+    return cells, (n_h if n_b > 1 else 0), int(n_h > 1)
+
+
+def _with(call: Call, tiles: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*call.data[0][:2], tiles), *call.data[1:]
+
+
+def key_bounds(p: Problem, call: Call, block_k: int) -> tuple[Any, ...]:
+    """(table, entry and head strides in spans) of the rows that each key tile needs, where spans are tensors."""
+    start, stop = call.data[0][0][:2]
+    n_b, n_h, spans, n_q = start.shape
+    tiles = cdiv(p.n_k, block_k)
+    bounds = torch.empty(n_b * n_h * spans, tiles, 4, dtype=torch.int32, device=start.device)
+    how = Launch(0, block_k, 4, 1)
+    programs = tiles * n_b * n_h * spans
+    with on_device(start):
+        triton_call.run(masks.span_bounds, programs, how, start, stop, bounds, n_q, p.n_k, tiles, block_k, 256)
+    return bounds, (n_h * spans if n_b > 1 else 0), (spans if n_h > 1 else 0)
+
+
+def _lists(p: Problem, call: Call, how: Launch, mask: tuple[Any, ...], columns: bool) -> tuple[Any, ...]:
+    """The lists of a pass with tiles of how.block_q rows and how.block_k keys, with their strides: kernels/dense.py."""
+    assert call.cells is not None
+    n_b, n_h = _leading(call, p.n_b)
+    q_tiles, k_tiles = cdiv(p.n_q, how.block_q), cdiv(p.n_k, how.block_k)
+    own, others = (k_tiles, q_tiles) if columns else (q_tiles, k_tiles)
+    lists = torch.empty(n_b, n_h, call.spans, own, 2 + others, dtype=torch.int32, device=p.q.device)
+    with on_device(p.q):
+        triton_call.run(
+            dense.tile_lists, own * n_b * n_h * call.spans, Launch(0, 0, 4, 1), (mask[0], (), mask[2]),
+            _map_args(call.cells), lists, *call.ints, n_h, call.flags, call.spans, (how.block_q, how.block_k), columns, CHUNK,
+        )  # fmt: skip
+    return lists, (n_h * call.spans if n_b > 1 else 0), (call.spans if n_h > 1 else 0)
+
+
+def _leading(call: Call, n_b: int) -> tuple[int, int]:
+    """(entries, heads) that differ in what they see: 1 where all are alike."""
+    assert call.cells is not None
+    entries, heads = call.cells.shape[:2]
+    spans = call.data[0][0]
+    if call.rows:
+        return max(entries, spans[0].shape[0]), max(heads, spans[0].shape[1])
+    by_entry = any(x is not None and x.shape[0] > 1 for x in spans[:2])
+    return (n_b if by_entry else entries), heads
