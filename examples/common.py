@@ -111,7 +111,7 @@ def need(module, package):  # import a module that fastattn itself does without
 
 def command(main):
     """Run main(steps=...) from the command line."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=main.__defaults__[0], help="training steps (%(default)s)")
     try:
         main(parser.parse_args().steps)
