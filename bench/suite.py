@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import environment
-from . import SUITES, features, memory, models, numerics, plot, table, targets, timing, training
+from . import SUITES, features, hosts, memory, models, numerics, plot, table, targets, timing, training
 from .progress import Progress
 
 DEFAULT = ("models", "training")
@@ -51,6 +51,7 @@ class Results:
     targets: list[targets.Row] = field(default_factory=list)
     features: list[features.Row] = field(default_factory=list)
     numerics: list[numerics.Row] = field(default_factory=list)
+    hosts: list[hosts.Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
@@ -61,6 +62,7 @@ class Results:
             "targets": [row.json() for row in self.targets],
             "memory": [row.json() for row in self.features],
             "numerics": [row.json() for row in self.numerics],
+            "hosts": [row.json() for row in self.hosts],
             "notes": self.notes,
         }
 
@@ -79,6 +81,9 @@ class Results:
             found["memory"] = table.features(self.features)
         if self.numerics:
             found["numerics"] = table.numerics(self.numerics)
+        if self.hosts:
+            versions = [f"{name} {self.environment[name]}" for name in hosts.libraries() if self.environment.get(name)]
+            found["hosts"] = "\n\n".join([table.hosts(self.hosts), HOSTS_KEY, f"Versions: {', '.join(versions)}."])
         return found
 
 
@@ -86,6 +91,14 @@ MODELS_KEY = (
     "error, plain's: relative L2 against float64, of the output or of the worst gradient, ours and plain PyTorch's. "
     "ms: our median, with half the interquartile range. Under a peer's name: how many times longer it took; "
     '"same" where the run cannot tell; "-" where it has no number. MB: peak memory beyond the inputs.'
+)
+
+
+HOSTS_KEY = (
+    "float32 on the CPU. output: the largest absolute difference of logits (of hidden states, for trained models) from the "
+    "host's own attention. gradient: of a random projection of the output by every parameter, the largest difference over that "
+    "gradient's largest entry. calls: how many attention calls of one pass fastattn computed. undo: whether taking fastattn "
+    "back gives the host's first output again, bit for bit."
 )
 
 
@@ -101,6 +114,9 @@ def run(options: Options) -> Results:
     chosen = models.select(list(options.only) or None, options.device)
     results = Results({**environment.describe(), **_when(options)})
     try:
+        if options.device == "cuda":
+            told = models.first_call(chosen[0], options.device)
+            results.notes.append(f"{told}: kernels were compiled, or read from Triton's cache; fastattn.warmup does it ahead")
         with timing.threads(options.threads):
             if "models" in options.suites:
                 _models(options, chosen, results)
@@ -112,6 +128,8 @@ def run(options: Options) -> Results:
             _features(options, results)
         if "numerics" in options.suites:
             _numerics(options, results)
+        if "hosts" in options.suites:
+            _hosts(options, results)
     except KeyboardInterrupt:
         results.notes.append("interrupted: what was measured until then")
     return results
@@ -183,6 +201,20 @@ def _numerics(options: Options, results: Results) -> None:
         for row in numerics.run(options.device, 128 if options.quick else numerics.LENGTH):
             results.numerics.append(row)
             bar.advance(row.who)
+
+
+def _hosts(options: Options, results: Results) -> None:
+    if options.device != "cpu":
+        results.notes.append("hosts are compared on the CPU only: left out on another device")
+        return
+    chosen = hosts.MODELS[:4] if options.quick else hosts.MODELS
+    with Progress("hosts", len(chosen)) as bar:
+        for row in hosts.run(chosen, results.notes):
+            results.hosts.append(row)
+            bar.advance(row.model)
+    for row in results.hosts:
+        results.notes += [f"{row.model}: {line}" for line in row.left]
+    results.environment.update({name: environment.version(hosts.PACKAGES.get(name, name)) for name in hosts.libraries()})
 
 
 def _when(options: Options) -> dict[str, Any]:

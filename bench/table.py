@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .features import WHO
 from .features import Row as FeatureRow
+from .hosts import Row as HostRow
 from .models import Row
 from .numerics import Row as NumericsRow
 from .peers import OURS, PEERS
@@ -101,6 +102,18 @@ def numerics(rows: Sequence[NumericsRow]) -> str:
         lines.append(["" if row.data == last else row.data, row.who, *(f"{e:.1e}" for e in row.errors.values())])
         last = row.data
     return markdown(["bf16, causal", "", *rows[0].errors], lines)
+
+
+def hosts(rows: Sequence[HostRow]) -> str:
+    """Every model's route and its differences from the host's own attention."""
+    head = ["model", "library", "route: modules", "calls", "output", "gradient", "undo"]
+    lines = []
+    for row in rows:
+        routes = ", ".join(f"{route}: {n}" for route, n in sorted(row.routes.items()))
+        gradient = "-" if row.gradient is None else f"{row.gradient:.1e}"
+        undo = "same bits" if row.restored else "DIFFERS"
+        lines.append([row.model, row.library, routes, str(row.calls), f"{row.forward:.1e}", gradient, undo])
+    return markdown(head, lines)
 
 
 def training(t: Training) -> str:

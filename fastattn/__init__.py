@@ -17,8 +17,10 @@ if not (_Path(__file__).parent / "kernels").exists():
     )
 
 from . import batching as _batching  # noqa: F401  (registers the vmap rules)
+from . import nn  # noqa: F401  (fastattn.nn; not in __all__, where it would hide torch's from a star import)
 from .coords import Coordinates
 from .functional import Explanation, attention, explain, merge, varlen_attention, warmup
+from .integrations import convert, install, uninstall, use
 from .masks import (
     Causal,
     Chunked,
@@ -37,6 +39,7 @@ from .masks import (
 )
 from .scores import Additive, ALiBi, Bias, General, Pointwise, RelativeBias, Score, Softcap, alibi_slopes, t5_bucket
 from .sdpa import scaled_dot_product_attention
+from .weights import attention_weights
 
 __version__ = "0.1.0"
 
@@ -67,10 +70,15 @@ __all__ = [
     "Spans",
     "alibi_slopes",
     "attention",
+    "attention_weights",
+    "convert",
     "explain",
+    "install",
     "merge",
     "scaled_dot_product_attention",
     "t5_bucket",
+    "uninstall",
+    "use",
     "varlen_attention",
     "warmup",
 ]

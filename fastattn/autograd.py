@@ -77,19 +77,19 @@ def _grads_tuple(grads: Any) -> tuple[Any, ...]:
 
 def _fwd_device(q, k, v, mask, params, sinks, rng, spec, scale, dropout_p, ints, floats, train):
     p = unpack(q, k, v, mask, params, sinks, rng, spec, scale, dropout_p, ints, floats)
-    return dispatch.verbs(p.backend).forward(p, train)
+    return dispatch.working(p).forward(p, train)
 
 
 def _bwd_device(do, dlse, q, k, v, mask, params, sinks, rng, out, lse, out_lo, *statics):
     p = unpack(q, k, v, mask, params, sinks, rng, *statics)
-    return _grads_tuple(dispatch.verbs(p.backend).backward(p, do, dlse, out, lse, out_lo))
+    return _grads_tuple(dispatch.working(p).backward(p, do, dlse, out, lse, out_lo))
 
 
 def _fwd_jvp_device(
     q, k, v, mask, params, sinks, rng, out, lse, out_lo, tq, tk, tv, tparams, tsinks, *statics
 ):  # fmt: skip
     p = unpack(q, k, v, mask, params, sinks, rng, *statics)
-    return dispatch.verbs(p.backend).forward_jvp(p, Tangents(tq, tk, tv, tparams, tsinks), out, lse, out_lo)
+    return dispatch.working(p).forward_jvp(p, Tangents(tq, tk, tv, tparams, tsinks), out, lse, out_lo)
 
 
 def _bwd_jvp_device(
@@ -99,7 +99,7 @@ def _bwd_jvp_device(
     p = unpack(q, k, v, mask, params, sinks, rng, *statics)
     t = Tangents(tq, tk, tv, tparams, tsinks)
     return _grads_tuple(
-        dispatch.verbs(p.backend).backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse)
+        dispatch.working(p).backward_jvp(p, t, do, dlse, tdo, tdlse, out, lse, out_lo, tout, tlse)
     )
 
 
@@ -107,7 +107,7 @@ def _fwd_jvp2_device(q, k, v, mask, params, sinks, rng, out, lse, out_lo, *rest)
     tangents, (tlse_one, tlse_two, *statics) = rest[:15], rest[15:]
     p = unpack(q, k, v, mask, params, sinks, rng, *statics)
     three = ThreeTangents(*(Tangents(*tangents[i : i + 5]) for i in (0, 5, 10)))
-    return dispatch.verbs(p.backend).forward_jvp2(p, three, out, lse, out_lo, tlse_one, tlse_two)
+    return dispatch.working(p).forward_jvp2(p, three, out, lse, out_lo, tlse_one, tlse_two)
 
 
 # What the shapes are

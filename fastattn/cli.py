@@ -111,19 +111,27 @@ def bench(options: argparse.Namespace) -> int:
 
 def compile_kernels(options: argparse.Namespace) -> int:
     """What the compiler makes of the kernels' default configurations."""
-    from .devtools import baseline, offline
+    from .devtools import baseline, offline, survey
 
-    failed = 0
     if options.baseline or (options.all and not options.arch):
         for name, found in baseline.write():
             print(f"{name:<48} {found}", flush=True)
         if options.baseline:
             return 0
-    for arch in options.arch or (list(offline.SHARED) if options.all else ["sm_80", "sm_90"]):
-        for row in offline.survey(arch, options.head_dim or [64, 128], DTYPES[options.dtype], options.all):
-            print(f"{arch:<7} {row}", flush=True)
-            failed += not row.fits
-    return int(failed > 0)
+    units = [
+        survey.Unit(arch, dim, DTYPES[dtype], options.all)
+        for arch in options.arch or (offline.SHARED if options.all else baseline.DEFAULTS)
+        for dtype in options.dtype or (["bfloat16", "float32"] if options.all else ["bfloat16"])
+        for dim in options.head_dim or [64, 128]
+    ]
+    rows = []
+    for row in survey.survey(units, options.jobs):
+        print(row, flush=True)
+        rows.append(row)
+    print("", *survey.waits(rows), survey.NOTE, sep="\n")
+    if options.pages:
+        print("", *survey.pages(rows), sep="\n")
+    return int(any(row.faults for row in rows))
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -270,9 +278,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("compile", help="compile the Triton kernels without a GPU: registers, spills, shared memory")
     one.add_argument("--arch", action="append", metavar="SM", help="for instance sm_90; may be repeated (default sm_80 sm_90)")
     one.add_argument("--head-dim", action="append", type=int, metavar="D", help="may be repeated (default 64 128)")
-    one.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16")
-    one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well; "
-                     "without --arch also every architecture, and the baseline anew")  # fmt: skip
+    one.add_argument("--dtype", action="append", choices=["float16", "bfloat16", "float32"], help="may be repeated (bfloat16)")
+    one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well, in "
+                     "bfloat16 and float32; without --arch also every architecture, and the baseline anew")  # fmt: skip
+    one.add_argument("--pages", action="store_true", help="then a page per kernel: changes against the baseline, the order of "
+                     "its loops, registers of products in flight, a bound on its speed")  # fmt: skip
+    one.add_argument("--jobs", type=_count, default=1, metavar="N", help="compile for N calls side by side (default 1)")
     one.add_argument("--baseline", action="store_true", help="write the baseline of the default configurations anew, and stop")
     one.set_defaults(run=compile_kernels)
 

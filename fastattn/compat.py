@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -206,3 +207,93 @@ def _unwrap(x: Any, level: int) -> tuple[Any, bool]:
     assert _remove_dim is not None
     one, two = (_remove_dim(x, level, size, 0) for size in (1, 2))  # an unmapped tensor takes the size it is told
     return (one, True) if one.shape[0] == two.shape[0] else (x, False)
+
+
+# The kernel that runs for an operator and a dispatch key; without it torch's plain attention stands in for the original.
+_get_kernel: Callable[..., Any] | None = getattr(torch.library, "get_kernel", None)
+_SDPA = "scaled_dot_product_attention"
+_SDPA_KEYS = ("CompositeImplicitAutograd", "FuncTorchVmapMode")  # vmap has a kernel of its own, which decomposes the call
+
+
+def override_sdpa(attend: Callable[..., torch.Tensor]) -> Callable[[], None]:
+    """Put `attend(original, ...)` under torch's scaled_dot_product_attention; returns what takes it away again.
+
+    `original` computes what torch computed before. The composite operator is what every route comes to: names bound
+    early, autograd, inference mode, autocast and the compiler.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    for key in _SDPA_KEYS:
+        original = _original_sdpa("CPU" if key == "CompositeImplicitAutograd" else key)
+        with warnings.catch_warnings():  # torch warns of every operator that is overridden
+            warnings.simplefilter("ignore")
+            library.impl(_SDPA, _with_original(attend, original), key, with_keyset=True)
+    return lambda: _forget(library)
+
+
+def _with_original(attend: Callable[..., torch.Tensor], original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return attend(lambda: original(keys, *args, **kwargs), *args, **kwargs)
+
+    return kernel
+
+
+def _original_sdpa(key: str) -> Callable[..., torch.Tensor]:
+    """What torch registered at a dispatch key, as a function of (dispatch keys, the operator's arguments)."""
+    if _get_kernel is not None:
+        return _get_kernel(f"aten::{_SDPA}", key).call_boxed
+    return _plain_sdpa  # pragma: no cover
+
+
+def _plain_sdpa(keys: Any, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    return plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
+def _forget(library: torch.library.Library) -> None:
+    """Take a library's kernels out of the dispatcher now, not when it is collected."""
+    destroy = getattr(library, "_destroy", None)
+    if destroy is not None:
+        destroy()
+
+
+def implement(kernels: dict[str, Callable[..., Any]], device: str) -> Callable[[], None]:
+    """Put kernels under operators of aten for tensors on `device`; those that this torch has. Returns the way back."""
+    library = torch.library.Library("aten", "IMPL")
+    for name, kernel in kernels.items():
+        if hasattr(torch.ops.aten, name):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                library.impl(name, kernel, device)
+    return lambda: _forget(library)
+
+
+def replace_jagged_sdpa(attend: Callable[..., torch.Tensor]) -> Callable[[], None]:
+    """Put `attend(original, ...)` in the place where jagged nested tensors look their attention up; returns the way back.
+
+    They never reach the operator. Where the place is gone they stay with torch's.
+    """
+    try:
+        from torch.nested._internal import ops
+    except ImportError:  # pragma: no cover
+        return lambda: None
+    name = f"jagged_{_SDPA}"
+    original = getattr(ops, name, None)
+    if original is None:  # pragma: no cover
+        return lambda: None
+
+    def jagged(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return attend(lambda: original(*args, **kwargs), *args, **kwargs)
+
+    setattr(ops, name, jagged)
+
+    def back() -> None:
+        if getattr(ops, name, None) is jagged:
+            setattr(ops, name, original)
+
+    return back
+
+
+def forget_compiled() -> None:
+    """Compile anew what was compiled: the compiler does not see that an operator's kernel was exchanged."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import compat
-from .backends import tiled
+from .backends import pieces, tiled
 from .backends.facts import facts
 from .problem import Problem
 
@@ -79,8 +79,21 @@ def verbs(name: str) -> ModuleType:
     return tiled if name == "tiled" else importlib.import_module(f".backends.{name}", __package__)
 
 
+def working(p: Problem) -> Any:
+    """What runs p: its backend's verbs, piece by piece where p is to be batch-invariant."""
+    return _by_pieces(p.backend) if p.invariant else verbs(p.backend)
+
+
+@functools.cache
+def _by_pieces(name: str) -> pieces.ByPieces:
+    return pieces.ByPieces(verbs(name))
+
+
 def plan(p: Problem) -> Plan:
     """What would run for p."""
+    if p.invariant:
+        found = plan(dataclasses.replace(p, invariant=False))
+        return found._replace(kernel=f"{found.kernel}; every batch entry and document by itself")
     if p.backend == "reference":
         return Plan("reference", "plain PyTorch over the whole score matrix", ())
     if p.backend == "triton":

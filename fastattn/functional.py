@@ -26,6 +26,7 @@ from .scores import Score
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FULL = Full()
+INVARIANT = "batch_invariant"
 
 MaskLike = Mask | LoweredMask | Tensor | None
 ScoreLike = Score | Sequence[Score]
@@ -43,7 +44,7 @@ def attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-    deterministic: bool | None = None,
+    deterministic: bool | str | None = None,
     coords: Coordinates | None = None,
 ) -> Any:
     """Scaled dot-product attention with any mask, any chain of score modifiers, sinks and dropout.
@@ -63,6 +64,8 @@ def attention(
         return_lse: also return the log of every row's denominator.
         backend: None (Triton kernels on cuda, tiles of torch operations elsewhere), "triton", "tiled" or "reference".
         deterministic: None and True give bitwise repeatable results; False permits faster ones that are not.
+            "batch_invariant": a row's result and gradients also have the same bits whatever stands beside its document:
+            other batch entries, other documents, padding. Slower, and it waits for the device: docs/numerics.md.
         coords: where rows and keys stand for scores, custom masks and dropout; by default at their indices.
 
     Returns:
@@ -100,8 +103,10 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
     n_k = k.shape[2]
     if not isinstance(dropout_p, numbers.Real) or not 0.0 <= float(dropout_p) < 1.0:
         raise ValueError(f"dropout_p must be a number in [0, 1), got {dropout_p!r}")
-    if deterministic is not None and not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic must be None, True or False, got {deterministic!r}")
+    if deterministic is not None and not isinstance(deterministic, bool) and deterministic != INVARIANT:
+        raise TypeError(f"deterministic must be None, True, False or {INVARIANT!r}, got {deterministic!r}")
+    if deterministic == INVARIANT and backend == "reference":
+        raise ValueError(f'deterministic={INVARIANT!r} needs backend None, "triton" or "tiled", got "reference"')
     if coords is not None:
         coords = checked_coords(coords, n_b, n_h, n_q, n_k, q.device)
     rng = None
@@ -118,6 +123,7 @@ def problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministi
         float(dropout_p),
         dispatch.choose(backend, q.device),
         deterministic is not False,
+        invariant=deterministic == INVARIANT,
     )  # fmt: skip
     return dispatch.settled(p, backend)
 
@@ -288,7 +294,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-    deterministic: bool | None = None,
+    deterministic: bool | str | None = None,
 ) -> Any:
     """Attention inside each of several documents packed one after another, without padding and without host syncs.
 
@@ -423,7 +429,7 @@ def explain(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-    deterministic: bool | None = None,
+    deterministic: bool | str | None = None,
     coords: Coordinates | None = None,
 ) -> Explanation:
     """Which backend and kernel `attention` would run for these arguments, and why not another. Runs nothing.
@@ -454,13 +460,14 @@ def warmup(
     scale: float | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
-    deterministic: bool | None = None,
+    deterministic: bool | str | None = None,
     coords: Coordinates | None = None,
 ) -> float:
     """Compile the kernels that `attention` runs for such arguments, so that no later call waits for a compiler.
 
     Runs the call once and forgets the result; neither the tensors' gradients nor torch's generator change. Lengths beyond
-    16 rows share their kernels; other dtypes, head dims, strides or numbers of heads may compile anew.
+    16 rows share their kernels, at most two of each: a length that is a multiple of 16 may have its own. Other dtypes, head
+    dims, strides or numbers of heads may compile anew.
 
     Args:
         gradients: the backward as well.

@@ -5,6 +5,8 @@ and the coordinates into those; `unpack` reads them back. Nothing else knows the
 
     spec = "m=<spans>|p=<predicates>|c=<coordinates>|s=<scores>|b=<backend>|d=<deterministic>|g=<param_grads>"
 
+    deterministic 0, 1, or 2 where it is batch-invariant as well
+
     spans         "rows", or one "start-stop" per span; a bound is `i` (integer), `t` (a (B,) tensor), with `r` in front
                   when the row index is added
     predicates    "dense" or a custom function's key, separated by commas
@@ -88,6 +90,7 @@ class Problem:
     backend: str
     deterministic: bool
     param_grads: bool = True  # whether a backward must give the gradients of the scores' parameters
+    invariant: bool = False  # whether a row's bits may not depend on what stands beside its document: backends/pieces.py
 
     @property
     def n_b(self) -> int:
@@ -139,7 +142,8 @@ class Problem:
             ints.extend(score.ints)
             floats.extend(score.floats)
             chain.append(f"{score.spec_key()}/{len(score.params)}/{len(score.ints)}/{len(score.floats)}/{score.static}")
-        spec = f"m={spans}|p={predicates}|c={coords}|s={','.join(chain)}|b={self.backend}|d={int(self.deterministic)}|g=1"
+        repeats = 2 if self.invariant else int(self.deterministic)
+        spec = f"m={spans}|p={predicates}|c={coords}|s={','.join(chain)}|b={self.backend}|d={repeats}|g=1"
         return Packed(tensors, self.params, spec, ints, floats)
 
 
@@ -198,6 +202,7 @@ class Spec(NamedTuple):
     scores: tuple[ScoreSpec, ...]
     backend: str
     deterministic: bool
+    invariant: bool
     param_grads: bool
 
 
@@ -216,7 +221,8 @@ def parse(spec: str) -> Spec:
         key, n_params, n_ints, n_floats, static = item.split("/")
         chain.append(ScoreSpec(key, int(n_params), int(n_ints), int(n_floats), static))
     predicates = tuple(filter(None, field["p"].split(",")))
-    return Spec(spans, predicates, field["c"], tuple(chain), field["b"], field["d"] == "1", field["g"] == "1")  # type: ignore[arg-type]
+    how = field["d"] != "0", field["d"] == "2", field["g"] == "1"
+    return Spec(spans, predicates, field["c"], tuple(chain), field["b"], *how)  # type: ignore[arg-type]
 
 
 def unpack(q, k, v, mask, params, sinks, rng, spec, scale, dropout_p, ints, floats) -> Problem:
@@ -252,7 +258,7 @@ def unpack(q, k, v, mask, params, sinks, rng, spec, scale, dropout_p, ints, floa
         )
     return Problem(
         q, k, v, lowered, tuple(chain), sinks, rng, coords, scale, dropout_p,
-        parsed.backend, parsed.deterministic, parsed.param_grads,
+        parsed.backend, parsed.deterministic, parsed.param_grads, parsed.invariant,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 at is (b, h, q, k, entry, head): coordinates, then the storage indices by which parameters are looked up.
 """
 
-from .masks import plane_offset
+from .masks import plane_of, plane_offset
 from .shim import LOG2E, jit, tl
 
 
@@ -55,17 +55,17 @@ def alibi_rel(at, args):
 def bias(at, args):
     """bias[entry, head, q, k]; coordinates beyond the tensor take its last row or key."""
     x, strides, n = args[0], args[1], args[2]
-    q = tl.minimum(tl.maximum(at[2], 0), n[0] - 1)
-    k = tl.minimum(tl.maximum(at[3], 0), n[1] - 1)
-    return tl.load(x + at[4] * strides[0] + at[5] * strides[1] + plane_offset(q, k, strides, args[3])).to(tl.float32)
+    q = tl.minimum(tl.maximum(at[2], 0), n[0][0] + n[0][1] - 1)
+    k = tl.minimum(tl.maximum(at[3], 0), n[1][0] + n[1][1] - 1)
+    return tl.load(plane_of(x, at[4], at[5], strides) + plane_offset(q, k, strides, args[3])).to(tl.float32)
 
 
 @jit
 def relative(at, args):
     """table[entry, head, clamp(k - q + offset)]"""
     x, strides, n, offset = args[0], args[1], args[2], args[3]
-    entry = tl.minimum(tl.maximum(at[3] - at[2] + offset, 0), n - 1)
-    return tl.load(x + at[4] * strides[0] + at[5] * strides[1] + entry.to(tl.int64) * strides[2]).to(tl.float32)
+    entry = tl.minimum(tl.maximum(at[3] - at[2] + (offset[0] + offset[1]), 0), n[0] + n[1] - 1)
+    return tl.load(plane_of(x, at[4], at[5], strides) + entry.to(tl.int64) * strides[2]).to(tl.float32)
 
 
 @jit

@@ -1,6 +1,7 @@
 """The benchmark's own judgement: what it calls equal, wrong or slower, and what it writes."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -282,6 +283,11 @@ def test_a_whole_run(monkeypatch, tmp_path):
     assert files[1].read_text().startswith("## models")
 
 
+def test_the_first_call_is_told():
+    text = models.first_call(SMALL[0], "cpu")
+    assert re.fullmatch(rf"the first forward and backward of {SMALL[0].name} took [\d.]+ s, the second [\d.]+ ms", text)
+
+
 def test_an_interrupted_run_keeps_what_it_has(monkeypatch):
     real = models.run
 
@@ -302,3 +308,14 @@ def test_numerics_tell_a_mean_from_none():
     assert rows[mean, "fastattn tiled"] < 2.5e-3
     assert rows[mean, "sdpa"] > 10 * rows["no mean", "sdpa"]
     assert "fastattn tiled" in table.numerics([numerics.Row(mean, "fastattn tiled", {"dq": 1e-3})])
+
+
+def test_hosts_quick(tmp_path):
+    found = suite.run(suite.Options(suites=("hosts",), quick=True))
+    assert [row.model for row in found.hosts][:2] == ["nn.MultiheadAttention", "nn.TransformerEncoder"]
+    section = found.sections()["hosts"]
+    assert "module replaced: 2" in section
+    assert f"torch {torch.__version__}" in section
+    assert "DIFFERS" not in section
+    suite.write(found, tmp_path)
+    assert '"restored": true' in (tmp_path / "results.json").read_text()

@@ -11,6 +11,7 @@ import fastattn as fa
 
 ROOT = Path(fa.__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "examples" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
@@ -25,7 +26,7 @@ def test_blocks_run(page, monkeypatch):
         exec(compile("\n" * line + block[1], str(page), "exec"), module.__dict__)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_links_resolve(page):
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert not missing

@@ -17,6 +17,7 @@ from fastattn.backends.triton_call import PAD
 from fastattn.devtools import offline
 from fastattn.kernels import launch, shim
 from fastattn.problem import Tangents, ThreeTangents
+from fastattn.scores.base import apart
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -253,6 +254,58 @@ def test_ones_compile(tmp_path, monkeypatch):
     p = dataclasses.replace(p, dropout_p=1.5 / 2**32)  # a threshold of 1
     for recorded in (*offline.recorded(p, "sm_80", 2), *second_order(p, "sm_80")):
         offline.compiled(recorded, "sm_80")
+
+
+HEADS = 4
+LENGTHS = (17, 31, 32, 33, 48, 50, 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 500, 512, 1000)
+VARYING = {  # by lengths: (score, mask)
+    "nothing": lambda n_q, n_k: ((), None),
+    "softcap and window": lambda n_q, n_k: (fa.Softcap(3.0), fa.SlidingWindow(9, 0, "top_left")),
+    "slopes": lambda n_q, n_k: (fa.ALiBi(torch.zeros(HEADS)), fa.Causal("top_left")),
+    "bias": lambda n_q, n_k: (fa.Bias(torch.zeros(HEADS, n_q, n_k)), None),
+    "bias of entries": lambda n_q, n_k: (fa.Bias(torch.zeros(2, HEADS, n_q, n_k)), None),
+    "bias of all heads": lambda n_q, n_k: (fa.Bias(torch.zeros(n_q, n_k)), None),
+    "bias of keys": lambda n_q, n_k: (fa.Bias(torch.zeros(2, 1, 1, n_k)), None),
+    "bias of rows": lambda n_q, n_k: (fa.Bias(torch.zeros(HEADS, n_q, 1)), None),
+    "table": lambda n_q, n_k: (fa.RelativeBias(torch.zeros(HEADS, n_q + n_k - 1)), None),
+    "table and bias": lambda n_q, n_k: ((fa.RelativeBias(torch.zeros(n_q)), fa.Bias(torch.zeros(1, n_q, n_k))), None),
+    "row spans": lambda n_q, n_k: ((), fa.Chunked(9, "top_left")),
+    "two row spans": lambda n_q, n_k: ((), fa.SinkTokens(4) | fa.SlidingWindow(255, 0, "top_left")),
+    "lengths": lambda n_q, n_k: ((), fa.Lengths(torch.tensor([1, n_k]))),
+    "padding": lambda n_q, n_k: ((), fa.Padding(torch.ones(2, n_k, dtype=torch.bool))),
+    "dense": lambda n_q, n_k: ((), fa.Dense(torch.ones(n_q, n_k, dtype=torch.bool))),
+    "dense of heads": lambda n_q, n_k: ((), fa.Dense(torch.ones(2, HEADS, n_q, n_k, dtype=torch.bool))),
+    "dense of keys": lambda n_q, n_k: (fa.Softcap(3.0), fa.Dense(torch.ones(2, 1, 1, n_k, dtype=torch.bool))),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [64, 40])
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("name", VARYING)
+def test_lengths_beyond_16_are_two_variants_of_every_kernel(name, square, head_dim):
+    """Of every launch of a call, its backward with the parameters' gradients, its tangent and its second order."""
+    variants = {}
+    for n in LENGTHS:
+        n_k = n if square else 2 * n + 1
+        shapes = (2, n, HEADS, head_dim), (2, n_k, 2, head_dim)
+        q, k = (torch.empty(shape, dtype=torch.bfloat16).transpose(1, 2) for shape in shapes)
+        score, mask = VARYING[name](n, n_k)
+        p = functional.problem(q, k, k, mask, score, None, None, 0.0, "tiled", None, None)
+        for i, recorded in enumerate(offline.recorded(dataclasses.replace(p, param_grads=True), "sm_90", 2)):
+            kernel, key = offline.variant(recorded, "sm_90")
+            variants.setdefault((i, kernel), set()).add(key)
+    assert len(variants) >= 8
+    assert max(map(len, variants.values())) <= 2, {at: len(keys) for at, keys in variants.items()}
+
+
+def test_an_integer_apart_is_never_special():
+    """Neither 1 nor a multiple of 16, for which Triton compiles anew, and the same number."""
+    for n in (*range(100), 1 << 20, (1 << 31) - 1, 1 << 31):
+        a, b = apart(n)
+        assert a + b == n
+        assert all(x != 1 and x % 16 for x in (a, b))
+        assert n < (1 << 31) - 5 or a >= 1 << 31  # the sum has 64 bits where n needs them
 
 
 @needs_compiler

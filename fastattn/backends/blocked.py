@@ -38,11 +38,11 @@ from .operands import (
     sink_weight,
     sum_rows_like,
 )
-from .regions import Region, regions
+from .regions import ROWS, Region, fixed, regions
 from .tile import Tile
 
-TILE = 1 << 18  # score elements of a tile, over all its batch entries and heads
 KEYS = 512  # keys of a tile
+TILE = 1 << 18  # score elements of a tile, over all its batch entries and heads
 
 
 class Part(NamedTuple):
@@ -55,6 +55,9 @@ class Part(NamedTuple):
 
 def chunks(p: Problem) -> Iterator[Region]:
     """Every region, its rows cut so that a tile of scores stays small."""
+    if p.invariant:
+        yield from fixed(p)
+        return
     for region in regions(p):
         step = max(16, min(256, TILE // (region.n_heads * min(KEYS, region.n_keys))))
         for row in range(0, region.n_rows, step):
@@ -66,8 +69,9 @@ def chunks(p: Problem) -> Iterator[Region]:
 def tiles(p: Problem, chunk: Region) -> Iterator[Part]:
     """The tiles of a chunk of rows, in the order of their keys."""
     index, rows = chunk.keys, slice(0, chunk.n_rows)
-    for key in range(0, chunk.n_keys, KEYS):
-        keys = slice(key, min(key + KEYS, chunk.n_keys))
+    step = ROWS if p.invariant else KEYS
+    for key in range(0, chunk.n_keys, step):
+        keys = slice(key, min(key + step, chunk.n_keys))
         storage = slice(index.start + keys.start, index.start + keys.stop) if isinstance(index, slice) else index[keys]
         visible = chunk.visible(rows, keys)
         tile = Tile(p, chunk.b, chunk.h, chunk.rows, storage)

@@ -17,7 +17,7 @@ class Facts(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     dims: tuple[int, int]  # head_dim of q and k, and of v
-    load: str  # "heavy" with dropout or predicates, "chain" with a nonlinear score, else ""
+    load: str  # "heavy" with dropout, predicates or batch invariance, "chain" with a nonlinear score, else ""
     scores: tuple[type[Score], ...]
     customs: tuple[tuple[str, bool], ...]  # key of every custom mask, and whether it has a Triton function
 
@@ -25,7 +25,7 @@ class Facts(NamedTuple):
 def facts(p: Problem) -> Facts:
     """The facts of p."""
     chain = any(isinstance(score, Pointwise) for score in p.scores)
-    load = "heavy" if p.dropout_p > 0.0 or p.mask.predicates else "chain" if chain else ""
+    load = "heavy" if p.dropout_p > 0.0 or p.mask.predicates or p.invariant else "chain" if chain else ""
     customs = tuple((x.key, x.triton_fn is not None) for x in p.mask.predicates if isinstance(x, CustomPredicate))
     dims = int(p.q.shape[3]), int(p.v.shape[3])
     return Facts(p.q.device, p.q.dtype, dims, load, tuple(type(score) for score in p.scores), customs)

@@ -36,6 +36,8 @@ def refuses(p: Problem, *, backward: bool = False, dlse: bool = False) -> str | 
     """Why torch's kernel does not compute this call, or None where it does."""
     if p.q.device.type != "cpu":
         return f"torch's fused CPU kernel does not run on {p.q.device.type}"
+    if p.invariant:
+        return "torch's fused CPU kernel chooses its tiles by the sizes"
     if p.dropout_p > 0.0:
         return "torch's fused CPU kernel has no dropout"
     for score in p.scores:

@@ -23,7 +23,7 @@ from ..problem import Problem
 from .runs import row_runs
 from .tile import Index, Tile, select, size_of
 
-ROWS = 128  # rows of a masked tile
+ROWS = 128  # rows of a masked tile; keys as well, where tiles may not depend on the sizes
 MASK = 1 << 22  # elements of a masked tile, where neighbours are joined
 WASTE = 1.15  # how much larger neighbours may get by being joined
 ALIGN = 16  # keys of a band's tile are a multiple of this where the region reaches far enough: matrix kernels like it
@@ -385,6 +385,35 @@ def _on(piece: Piece, device: torch.device) -> Piece:
         keys.to(device) if isinstance(keys, Tensor) else keys,
         hiding.to(device) if isinstance(hiding, Tensor) else hiding,
     )
+
+
+def fixed(p: Problem) -> Iterator[Region]:
+    """Tiles of ROWS rows with everything that they hide, for calls of one batch entry: they depend on nothing but the mask.
+
+    Keys come in whole blocks of ROWS, so that every row meets the same tiles of keys whatever the rows beside it see.
+    """
+    start, stop = p.mask.rows_tensors(p.q.device)
+    whole = slice(0, 1), slice(0, p.n_h)
+    for first in range(0, p.n_q, ROWS):
+        rows = slice(first, min(first + ROWS, p.n_q))
+        own = _mixed_tile_of(start[0, :, :, rows], stop[0, :, :, rows])
+        if own is None:
+            continue
+        keys, visible = own
+        region = Region(*whole, rows, keys, None)
+        if p.mask.predicates:
+            visible = visible & _predicate_tile(p, region, rows)
+        yield replace(region, hiding=visible)
+
+
+def _mixed_tile_of(start: Tensor, stop: Tensor) -> tuple[slice, Tensor] | None:
+    """(the keys that spans (H|1, R, rows) reach, bool (1, H|1, rows, keys)); None where they reach none."""
+    some = stop > start
+    if not bool(some.any()):
+        return None
+    keys = slice(int(start[some].min()) // ROWS * ROWS, -(-int(stop[some].max()) // ROWS) * ROWS)
+    key = torch.arange(keys.start, keys.stop, device=start.device)
+    return keys, ((key >= start[..., None]) & (key < stop[..., None])).any(1)[None]
 
 
 def _predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:

@@ -144,7 +144,7 @@ def _launch_dq(p: Problem, call: Call, rows: Statistics, dq: Tensor) -> None:
         (*call.strides, rows.do.stride(), dq.stride(), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, max(p.n_b_coords, 1), rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
         call.spans, call.dims, (how.block_q, how.block_k), call.precision,
-        not any(isinstance(score, Pointwise) for score in p.scores),
+        not p.invariant and not any(isinstance(score, Pointwise) for score in p.scores),
     )  # fmt: skip
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..dropout import threshold
-from ..kernels import shim
+from ..kernels import masks, shim
 from ..kernels.launch import Launch, launch, padded
 from ..masks import DensePredicate
 from ..problem import Problem
 from ..scores import Pointwise, Score
-from ..scores.base import wide_plane
+from ..scores.base import plane_strides, wide_plane
 from .facts import facts
 
 REACH = 1 << 31  # elements that an offset inside a tile can span
@@ -94,11 +94,14 @@ def _mask_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any,
     for predicate in p.mask.predicates:
         if isinstance(predicate, DensePredicate):
             x = predicate.tensor
-            data.append((x.view(torch.uint8), strides_of(x, 4), wide_plane(x)))
+            data.append((x.view(torch.uint8), plane_strides(x), wide_plane(x)))
             functions.append(None)
         else:
             data.append(())
             functions.append(predicate.triton_fn)
+    if p.invariant:
+        data.append(())
+        functions.append(masks.always)
     spans, rows = p.mask.spans, p.mask.rows
     if spans is None or len(spans) > 1:
         a, b = (x.contiguous() for x in (p.mask.rows_tensors(p.q.device) if rows is None else rows))

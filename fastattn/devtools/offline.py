@@ -12,7 +12,7 @@ import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,6 +24,8 @@ from ..backends import triton as backend
 from ..backends import triton_call
 from ..kernels import shim
 from ..problem import Problem, Tangents
+from . import bound, sass
+from .bound import Bound
 
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KB of a block
 
@@ -56,6 +58,30 @@ class Report(NamedTuple):
             f"{self.local:>5} B local ({self.loop_spills} accesses in loops)  {self.shared / 1024:>5.0f} K shared  "
             f"{self.products} matrix instructions{self.warning and '  ' + self.warning}"
         )
+
+
+class Loop(NamedTuple):
+    """A loop that holds products, as its assembly has it."""
+
+    instructions: int
+    order: str  # of its products, exponentials, loads and waits
+    overlapped: tuple[int, int]  # exponentials while an asynchronous product is in flight, and all of them
+    bound: Bound | None
+
+    def __str__(self) -> str:
+        inside, total = self.overlapped
+        text = f"loop of {self.instructions} instructions: {self.order}"
+        text += f"\n    {inside} of {total} exponentials while a product is in flight" if "wgmma" in self.order else ""
+        return text + (f"\n    {self.bound}" if self.bound is not None else "")
+
+
+class Inspection(NamedTuple):
+    """A report, and what else the compiler's work tells."""
+
+    report: Report
+    seconds: float  # of compiling it, on one core and without a cache
+    hazards: list[str]  # registers that a product in flight still needs: sass.py
+    loops: list[Loop]
 
 
 def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
@@ -115,29 +141,41 @@ def compiled(launch: Recorded, arch: str) -> Any:
 
 def report(launch: Recorded, arch: str) -> Report:
     """Compile a recorded launch and read what it came to."""
-    binary, log = _logged(launch, arch)
+    return inspect(launch, arch).report
+
+
+def inspect(launch: Recorded, arch: str) -> Inspection:
+    """Compile a recorded launch, and read its assembly as well where that is NVIDIA's."""
+    binary, log, seconds = _logged(launch, arch)
     name = launch.kernel.__name__, launch.num_warps, launch.num_stages
     if arch.startswith("gfx"):
-        return Report(*name, *_amd(binary.asm["amdgcn"], binary.metadata.shared))
-    usage, assembly = _dump(binary.asm["cubin"], "-res-usage"), _dump(binary.asm["cubin"], "-sass")
+        return Inspection(Report(*name, *_amd(binary.asm["amdgcn"], binary.metadata.shared)), seconds, [], [])
+    usage, code = _dump(binary.asm["cubin"], "-res-usage"), sass.instructions(_dump(binary.asm["cubin"], "-sass"))
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = list(_instructions(assembly))
-    return Report(
-        *name, found.get("REG", 0), found.get("STACK", 0) + found.get("LOCAL", 0), loop_spills(instructions),
-        binary.metadata.shared, sum(_is_product(text) for _, text in instructions), serialised(log),
+    seen = Report(
+        *name, found.get("REG", 0), found.get("STACK", 0) + found.get("LOCAL", 0), sass.loop_spills(code),
+        binary.metadata.shared, sum(one.is_product for one in code), serialised(log),
     )  # fmt: skip
+    specialised = any(one.name.startswith("USETMAXREG") for one in code)  # warps run loops of their own
+    loops = []
+    for body in sass.loops(code):
+        limit = None if specialised else bound.of_loop(body, launch.num_warps, arch)
+        loops.append(Loop(len(body), sass.order(body), sass.overlapped(body), limit))
+    return Inspection(seen, seconds, sass.hazards(code), loops)
 
 
-def _logged(launch: Recorded, arch: str) -> tuple[Any, str]:
-    """(binary, what the assembler printed); a binary of the cache would come without the latter."""
+def _logged(launch: Recorded, arch: str) -> tuple[Any, str, float]:
+    """(binary, what the assembler printed, seconds of compiling); the cache would give the first alone."""
     from triton import knobs
 
     said = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(said):
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
+        start = time.perf_counter()
         binary = compiled(launch, arch)
-    return binary, said.getvalue()
+        seconds = time.perf_counter() - start
+    return binary, said.getvalue(), seconds
 
 
 def serialised(log: str) -> str:
@@ -164,47 +202,6 @@ def _dump(cubin: bytes, flag: str) -> str:
         return subprocess.run([str(tool), flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(assembly: str) -> Iterator[tuple[int, str]]:
-    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", assembly):
-        yield int(address, 16), text
-
-
-def _is_product(text: str) -> bool:
-    return re.search(r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|OMMA)\b", text) is not None
-
-
-def loop_spills(instructions: list[tuple[int, str]]) -> int:
-    """Accesses to local memory in the innermost loops that hold products (or, without any, in all innermost loops)."""
-    loops = []
-    for address, text in instructions:
-        target = re.search(r"\bBRA\S*\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    inner = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    bodies = [[text for address, text in instructions if low <= address <= high] for low, high in inner]
-    with_products = [body for body in bodies if any(map(_is_product, body))] or bodies
-    return sum(re.search(r"\b(LDL|STL)\b", text) is not None for body in with_products for text in body)
-
-
-class Row(NamedTuple):
-    """A line of a survey: a call and what one of its kernels came to, or why it did not compile."""
-
-    call: str
-    report: Report | None
-    error: str
-    shared_limit: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether it compiled into the shared memory that there is."""
-        return self.report is not None and self.report.shared <= self.shared_limit
-
-    def __str__(self) -> str:
-        if self.report is None:
-            return f"{self.call:<24} {self.error}"
-        return f"{self.call:<24} {self.report}" + ("" if self.fits else "  TOO MUCH SHARED MEMORY")
-
-
 def calls(everything: bool = False) -> dict[str, dict[str, Any]]:
     """What `example` takes, by name: causal and row spans, with and without a chain; `everything`: other loads as well."""
     rows = masks.SinkTokens(4) | masks.SlidingWindow(255, 0, "top_left")
@@ -217,19 +214,6 @@ def calls(everything: bool = False) -> dict[str, dict[str, Any]]:
         found["dense"] = {"mask": masks.Dense(torch.ones(1024, 1024, dtype=torch.bool))}
         found["dropout"] = {"dropout": 0.1}
     return found
-
-
-def survey(arch: str, head_dims: list[int], dtype: torch.dtype, everything: bool = False) -> Iterator[Row]:
-    """Compile the default configurations of an architecture: `calls`, and with `everything` the tangents too."""
-    require_compiler()
-    for dim in head_dims:
-        for name, options in calls(everything).items():
-            for launch in recorded(example(dim, dtype, **options), arch, 2 if everything else 1):
-                call, limit = f"d {dim} {name}", SHARED.get(arch, 1 << 20) * 1024
-                try:
-                    yield Row(call, report(launch, arch), "", limit)
-                except Exception as error:  # whatever the compiler raises is the answer
-                    yield Row(call, None, f"{launch.kernel.__name__}: {type(error).__name__}: {str(error)[-200:]}", limit)
 
 
 def example(

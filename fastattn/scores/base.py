@@ -265,6 +265,27 @@ def wide_plane(x: Tensor) -> int | None:
     return None if reach < 1 << 31 else 1
 
 
+def apart(n: int) -> tuple[int, int]:
+    """n as a sum of two that Triton takes for nothing special.
+
+    It compiles anew for an integer that is 1 or begins to be a multiple of 16, and sizes do so all the time.
+    """
+    extra = 3 if n % 16 != 13 else 5
+    return n + extra, -extra
+
+
+def plane_strides(x: Tensor) -> tuple[Any, ...]:
+    """The strides of x (B|1, H|1, rows|1, keys|1) for kernels: two pairs that add up, then two numbers.
+
+    0 where one value serves all. That planes begin at a multiple of 16 is no secret where their rows do as well, and loads
+    can be wide; elsewhere it depends on the sizes and helps nothing.
+    """
+    lead = lead_strides(x)
+    row, key = (stride if n > 1 else 0 for n, stride in zip(x.shape[2:], x.stride()[2:], strict=True))
+    wide = row % 16 == 0 and all(stride % 16 == 0 for stride in lead)
+    return (*((stride, 0) if wide else apart(stride) for stride in lead), row, key)
+
+
 def lead_strides(x: Tensor) -> tuple[int, int]:
     """Strides of the leading (B|1, H|1) dimensions, 0 where one value serves all."""
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..coords import Coordinates
-from .base import Additive, DeviceGradient, lead_strides, leading, wide_plane
+from .base import Additive, DeviceGradient, apart, leading, plane_strides, wide_plane
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -80,8 +80,7 @@ class Bias(Additive, built_in="bias"):
     def device_args(self) -> tuple[Any, ...]:
         bias = self.params[0]
         rows, keys = bias.shape[2:]
-        strides = (*lead_strides(bias), bias.stride(2) if rows > 1 else 0, bias.stride(3) if keys > 1 else 0)
-        return bias, strides, (max(rows, 1), max(keys, 1)), wide_plane(bias)
+        return bias, plane_strides(bias), (apart(max(rows, 1)), apart(max(keys, 1))), wide_plane(bias)
 
     def device_gradient(self) -> DeviceGradient:
         from ..kernels import scores

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Additive, DeviceGradient, lead_strides, leading
+from .base import Additive, DeviceGradient, apart, lead_strides, leading
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -95,8 +95,8 @@ class RelativeBias(Additive, built_in="relative"):
 
     def device_args(self) -> tuple[Any, ...]:
         table = self.params[0]
-        strides = (*lead_strides(table), table.stride(2))
-        return table, strides, table.shape[2], self.ints[0]
+        strides = (*(apart(stride) for stride in lead_strides(table)), table.stride(2))
+        return table, strides, apart(table.shape[2]), apart(self.ints[0])
 
     def device_gradient(self) -> DeviceGradient:
         from ..kernels import scores

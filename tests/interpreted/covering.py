@@ -4,7 +4,8 @@ with every score."""
 import pytest
 import torch
 from device_cases import DEVICE, MASKS
-from test_covering import FACTORS, SCORES, check, describe, pairwise
+from pairs import pairwise
+from test_covering import FACTORS, SCORES, check, describe
 
 ROWS = pairwise(
     {
