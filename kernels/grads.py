@@ -103,7 +103,7 @@ def gradient_tile(
         if FLAGS[7]:
             keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
-        if len(moved) == 0:
+        if len(PUSHED) == 0:
             _, w = weights(product, row_lse, at, scale, data[2], SCORES, BEHIND)
             g = w * (dp - row_delta)
         else:
@@ -129,8 +129,8 @@ def score_grads(
     BEHIND: tl.constexpr, WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KEEP_B: tl.constexpr, KEEP_H: tl.constexpr,
 ):  # fmt: skip
     """One program's sum, for one kept entry and head. grads, float32: (B|1, H|1, n_q, n_k), (B, H, n_k), (B, H, n_q), or
-    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K). strides: q, k, v, do. entries: how many there are, B. moved: () for the gradient;
-    for its tangent ((tq, tk, tv, tdo), their strides, tlse, tdelta, tscores)."""
+    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K). strides: q, k, v, do. entries: how many there are, B. moved and PUSHED: () for the
+    gradient; for its tangent moved is ((tq, tk, tv, tdo), their strides, tlse, tdelta, tscores)."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     BLOCK_K: tl.constexpr = BLOCKS[1]
     size = (n_q, n_k, start, stop, q_at, k_at)

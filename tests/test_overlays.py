@@ -69,11 +69,24 @@ for launch in offline.recorded(offline.example(64, torch.bfloat16), "sm_90"):
 """
 
 
-def test_the_oldest_triton_compiles_the_kernels(tmp_path):
+@pytest.fixture
+def oldest():
     path = overlay("triton36")
     if not (path / "triton").is_dir():
         pytest.skip("triton 3.6.0 is not installed here: make test installs it where it can")
-    done = python("-c", OLDER, path=[path], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    return path
+
+
+def test_the_oldest_triton_compiles_the_kernels(oldest, tmp_path):
+    done = python("-c", OLDER, path=[oldest], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     for kernel in ("forward", "backward_dq", "backward_dkdv"):
         assert kernel in done.stdout
+
+
+@pytest.mark.parametrize("test", ["test_everything_else_compiles", "test_ones_compile"])
+def test_the_oldest_triton_compiles_everything(test, oldest):
+    """Tangents, parameters' gradients and predicates too; and every number that can be 1 as a constant."""
+    done = suite(ROOT, f"test_triton.py::{test}", path=[oldest], TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "1 passed" in done.stdout
