@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn import cli, dispatch, functional
+from fastattn import dispatch, functional
 from fastattn.backends import triton, triton_call
 from fastattn.backends.triton_call import PAD
 from fastattn.devtools import offline
@@ -331,19 +331,3 @@ def test_lengths_of_a_dense_mask_are_four_variants():
     counts = {name: len(keys) for name, keys in variants.items()}
     assert max(counts[name] for name in counts if name != "tile_lists") <= 4, counts
     assert (counts["cell_map"], counts["tile_lists"]) == (2, 5)
-
-
-def test_the_compile_command(monkeypatch, capsys):
-    found = offline.Report("forward", 8, 3, 255, 16, 0, 100 * 1024, 24)
-    rows = [offline.Row("d 64 causal", found, "", 227 * 1024), offline.Row("d 64 dense", found, "", 99 * 1024)]
-    monkeypatch.setattr(offline, "survey", lambda arch, dims, dtype, everything: rows[: 2 if everything else 1])
-    assert cli.main(["compile", "--arch", "sm_90"]) == 0
-    assert "255 registers" in capsys.readouterr().out
-    assert cli.main(["compile", "--arch", "sm_90", "--all"]) == 1
-    assert "TOO MUCH SHARED MEMORY" in capsys.readouterr().out
-
-
-def test_spills_are_counted_in_the_loop_that_multiplies():
-    lines = ["LDL R1", "HMMA R0", "STL R2", "BRA 0x10", "LDL R3", "BRA 0x40"]
-    code = [(16 * i, text) for i, text in enumerate(lines)]
-    assert offline.loop_spills(code) == 1
