@@ -1,6 +1,6 @@
 """Every private torch name that the library uses, each with what happens where it is gone. Nothing else imports one.
 
-Run on torch 2.13. Where a name is missing the fallback beside it is used, so that 2.11 and what comes after can differ.
+Run on torch 2.11 and 2.13. Where a name is missing the fallback beside it is used, so that what comes after can differ.
 """
 
 from __future__ import annotations
