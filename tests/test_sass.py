@@ -97,6 +97,14 @@ def test_spills_are_counted_in_the_loop_that_multiplies():
     assert sass.loop_spills([one for one in code if not one.is_product]) == 2
 
 
+def test_a_loop_that_waits_inside_a_loop_does_not_hide_it():
+    """Waiting for a barrier is a loop of its own, without products; what is around it counts all the same."""
+    lines = ["LDL R1, [R2]", "HMMA.16816.F32 R0, R4, R8, R0", "SYNCS.PHASECHK.TRANS64 P0, [R4], R5", "@!P0 BRA 0x20", "BRA 0x0"]
+    code = sass.instructions("\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines)))
+    assert sass.loop_spills(code) == 1
+    assert len(sass.loops(code)) == 1
+
+
 # The bound
 
 

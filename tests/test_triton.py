@@ -162,7 +162,7 @@ def test_launch_is_by_the_larger_head_dim_and_small_for_few_rows():
 def test_an_architecture_takes_the_nearest_older_table():
     assert launch.table_of("sm_90") == "sm_90"
     assert launch.table_of("sm_89") == "sm_86"
-    assert launch.table_of("sm_103") == "sm_90"
+    assert launch.table_of("sm_103") == "sm_100"
     with pytest.raises(ValueError, match="no launch table for 'sm_70'"):
         launch.table_of("sm_70")
 
