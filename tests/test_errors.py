@@ -58,7 +58,7 @@ BAD = {
     "scale": (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     "scale type": (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
     "backend": (dict(backend="cuda"), ValueError, "backend must be None or one of 'tiled', 'triton', 'reference', got 'cuda'"),
-    "deterministic": (dict(deterministic=1), TypeError, "deterministic must be None, True or False, got 1"),
+    "deterministic": (dict(deterministic=1), TypeError, "deterministic must be None, True, False or 'batch_invariant', got 1"),
     "mask dtype": (dict(mask=torch.zeros(5, 6)), TypeError, "mask must be a bool tensor.*score=Bias"),
     "mask type": (dict(mask="causal"), TypeError, "mask must be a Mask.*got str"),
     "mask shape": (dict(mask=torch.ones(5, 7, dtype=torch.bool)), ValueError, r"5, 7"),
