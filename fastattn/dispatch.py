@@ -91,9 +91,11 @@ def _by_pieces(name: str) -> pieces.ByPieces:
 
 def plan(p: Problem) -> Plan:
     """What would run for p."""
-    if p.invariant:
-        found = plan(dataclasses.replace(p, invariant=False))
-        return found._replace(kernel=f"{found.kernel}; every batch entry and document by itself")
+    found = _plan(p)
+    return found._replace(kernel=f"{found.kernel}; every batch entry and document by itself") if p.invariant else found
+
+
+def _plan(p: Problem) -> Plan:
     if p.backend == "reference":
         return Plan("reference", "plain PyTorch over the whole score matrix", ())
     if p.backend == "triton":

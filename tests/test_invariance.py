@@ -227,7 +227,10 @@ def test_under_compile():
 
 def test_what_is_said():
     q, k, v, _ = make(1, 8)
-    assert "every batch entry and document by itself" in str(fa.explain(q, k, v, deterministic=MODE))
+    explained = str(fa.explain(q, k, v, deterministic=MODE))
+    assert "tiles of torch operations; every batch entry and document by itself" in explained
+    assert "torch's fused CPU kernel chooses its tiles by the sizes" in explained  # which the usual call takes
+    assert "fused CPU kernel" in fa.explain(q, k, v).kernel
     with pytest.raises(TypeError, match="deterministic must be None, True, False or 'batch_invariant', got 'often'"):
         fa.attention(q, k, v, deterministic="often")
     with pytest.raises(ValueError, match=r"needs backend None, .* got \"reference\""):

@@ -41,8 +41,8 @@ from .operands import (
 from .regions import ROWS, Region, fixed, regions
 from .tile import Tile
 
-KEYS = 512  # keys of a tile
 TILE = 1 << 18  # score elements of a tile, over all its batch entries and heads
+KEYS = 512  # keys of a tile
 
 
 class Part(NamedTuple):

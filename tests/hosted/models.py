@@ -142,8 +142,7 @@ def test_packed_sequences_by_cumulative_lengths(positions):
     if positions:
         packed["position_ids"] = PACKED[:1]
     else:
-        inputs["position_ids"] = torch.zeros(1, 13, dtype=torch.long)  # so that positions alone would say one sequence each
-        inputs["position_ids"] = torch.arange(13)[None]
+        inputs["position_ids"] = torch.arange(13)[None]  # positions alone would say one sequence
     out = case.model(**inputs, **packed).logits
     for a, b in ((0, 5), (5, 8), (8, 13)):
         at = torch.arange(b - a)[None] if positions else torch.arange(a, b)[None]

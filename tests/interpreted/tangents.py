@@ -84,7 +84,7 @@ def test_tangents(mask, score, dtype, dropout, everything):
     for name, x, y in zip(names, *both(p, t, everything), strict=True):
         assert not x.isnan().any(), name
         largest, relative = errors(x, y)
-        loose = 10 if "s" in name or "param" in name else 1  # sums that cancel
+        loose = 10 if "s" in name or ("param" in name and dtype != torch.float32) else 1  # sums that cancel
         assert relative < LIMIT[dtype] * loose or largest < 1e-5, (name, relative)
 
 
