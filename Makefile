@@ -75,7 +75,7 @@ bench: $(ENV)
 	PYTHONPATH=. $(PY) -m fastattn bench
 
 test: $(ENV) $(OVERLAYS)
-	@if $(PY) -c "import xdist" 2>/dev/null; then n="-n $(WORKERS)"; fi; PYTHONPATH=. $(PY) -m pytest $$n -q tests
+	@if $(PY) -c "import xdist" 2>/dev/null; then n="-n $(WORKERS) --dist worksteal"; fi; PYTHONPATH=. $(PY) -m pytest $$n -q tests
 
 lint: $(ENV)
 	$(PY) -m ruff check .
