@@ -66,8 +66,8 @@ class Row:
                 "median": times.median,
                 "spread": times.spread,
                 "wall": times.wall_median,
-                "rounds": times.seconds,
-                "walls": times.wall,
+                "rounds": [float(f"{s:.6g}") for s in times.seconds],
+                "walls": [float(f"{s:.6g}") for s in times.wall],
                 "ratio": None if found is None else [found.value, found.low, found.high],
                 "memory": self.memory.get(name),
             }

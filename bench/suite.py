@@ -168,7 +168,7 @@ def write(results: Results, out: Path) -> list[Path]:
     """results.json, tables.md and, with matplotlib, bench.png and report.html in the folder `out`; returns what was written."""
     out.mkdir(parents=True, exist_ok=True)
     data, text, picture, whole = out / "results.json", out / "tables.md", out / "bench.png", out / "report.html"
-    data.write_text(json.dumps(results.json(), indent=1) + "\n")
+    data.write_text(_text(results.json()))
     text.write_text("\n\n".join(f"## {name}\n\n{section}" for name, section in results.sections().items()) + "\n")
     written = [data, text]
     models = results.cells.get("models", [])
@@ -181,6 +181,18 @@ def write(results: Results, out: Path) -> list[Path]:
     except ImportError:
         results.notes.append("no pictures: matplotlib is not installed")
     return written
+
+
+def _text(found: dict[str, Any]) -> str:
+    """JSON with a line for every cell, so that two runs can be told apart line by line."""
+    parts = []
+    for name, value in found.items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            parts.append(f'"{name}": [\n{lines}\n ]')
+        else:
+            parts.append(f'"{name}": {json.dumps(value)}')
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
 
 
 def _chosen(options: Options) -> dict[str, list[sweeps.Cell]]:
@@ -224,6 +236,8 @@ def _cells(options: Options, suite: str, chosen: list[sweeps.Cell], results: Res
             rows.append(row)
             bar.advance(row.name)
     left = [f"{c.workload.name} {c.direction}" for c in chosen[len(rows) :]]
+    if suite in ("forward", "backward"):  # measured by what they tell, shown by what they are
+        rows.sort(key=lambda row: (row.head_dim, row.model, row.length))
     if left:
         more = "" if len(left) <= 6 else f" and {len(left) - 6} more"
         results.notes.append(f"{suite}: {len(left)} of {len(chosen)} left out, the time was up: {', '.join(left[:6])}{more}")
