@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,26 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 fused_cpu_forward: Callable[..., Any] = getattr(
     torch, "_scaled_dot_product_flash_attention_for_cpu", torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 )
+
+
+# The autograd node whose backward, or hooks before it, is running.
+_running_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
+
+
+def watch_gradient(out: torch.Tensor, hook: Any) -> None:
+    """Call hook(gradient of out) in a backward; it may ask for `running_node`. Without a handle, which takes longer to make."""
+    assert out.grad_fn is not None
+    if _running_node is None:
+        out.grad_fn.register_hook(hook.instead)
+    else:
+        out._backward_hooks = OrderedDict(((-1, hook),))  # handles count from 0
+        out.grad_fn._register_hook_dict(out)  # type: ignore[attr-defined]
+
+
+def running_node() -> Any:
+    """The node to which a gradient that is being watched belongs."""
+    assert _running_node is not None
+    return _running_node()
 
 
 def in_dual_level() -> bool:

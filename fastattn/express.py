@@ -2,14 +2,13 @@
 
 Full or square causal attention of dense tensors, with nothing watching (no transform, no mode, no compiler, no autocast):
 torch's fused kernel inside one classic autograd.Function, without describing the call as a Problem. The tiniest calls take
-torch's own autograd node instead, which costs less than a Function's two visits to Python; a hook on it steps in where its
-backward is itself to be differentiated. Anything else goes the long way, and all give the same numbers.
+torch's own autograd node instead, which costs less than a Function's two visits to Python; a hook on the output steps in
+where that node's backward is itself to be differentiated. Anything else goes the long way, and all give the same numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
     shape, k_shape = q.shape, k.shape
     if len(shape) != 4 or k_shape != v.shape:
         return None
-    if shape != k_shape and (causal or shape[:2] + shape[3:] != k_shape[:2] + k_shape[3:]):
+    if k_shape != shape and (causal or shape[:2] + shape[3:] != k_shape[:2] + k_shape[3:]):
         return None
     dim, dtype, size = shape[3], q.dtype, q.numel()
     if not 0 < size * k_shape[2] <= SMALL * dim or dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
@@ -54,7 +53,7 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
         if size + 2 * k.numel() > TINY:
             return compat.base_apply(_Attend, q, k, v, causal, scale)
         out = _computed(q, k, v, causal, scale)[0]
-        out.grad_fn.register_hook(_again(q, k, v, causal, scale))  # type: ignore[union-attr]
+        compat.watch_gradient(out, _Again(q, k, v, causal, scale))
         return out
     return _computed(q, k, v, causal, scale)[0]
 
@@ -71,21 +70,38 @@ def _holds_zero(lse: Tensor) -> bool:
     """Of (B, H, L). A few numbers are read faster in Python than torch counts them."""
     if lse.numel() > FEW:
         return torch.count_nonzero(lse).item() < lse.numel()
-    return any(0.0 in row for heads in lse.tolist() for row in heads)
+    for heads in lse.tolist():
+        for row in heads:
+            if 0.0 in row:
+                return True
+    return False
 
 
-def _again(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Callable[[Any, Any], Any]:
-    """A hook after torch's backward, whose gradients have no derivative: gives differentiable ones where they are needed."""
+class _Again:
+    """Torch's backward of the call gives gradients that have no derivative; where one is needed, differentiable ones take
+    their place. The object watches the output's gradient, which costs least, and puts itself behind the node only then."""
 
-    def again(grads: Any, cotangents: Any) -> Any:
+    __slots__ = ("call", "handle")
+    __torch_unserializable__ = True  # pickling the output cuts the graph: nothing to warn of
+
+    def __init__(self, *call: Any) -> None:
+        self.call, self.handle = call, None
+
+    def __call__(self, do: Any) -> None:
+        if _differentiated_again(do) and self.handle is None:
+            self.handle = compat.running_node().register_hook(self.instead)
+
+    def instead(self, grads: Any, cotangents: Any) -> Any:
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            handle.remove()
         if not _differentiated_again(cotangents[0]):
             return None
+        q, k, v, causal, scale = self.call
         with torch.no_grad():
             out, lse = _computed(q, k, v, causal, scale)
         found = _long_backward(cotangents[0], q, k, v, out, lse, causal, scale)
         return tuple(None if old is None else new for old, new in zip(grads, found))
-
-    return again
 
 
 def _differentiated_again(do: Any) -> bool:

@@ -415,3 +415,36 @@ def test_forward_three_times_raises():
 
     with pytest.raises(RuntimeError, match="a third was asked for"):
         deeper(deeper(deeper(everything("tiled", 0.0, False))))(*x)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_tiniest_calls_differentiate_twice_wherever_torch_can_tell_the_node(monkeypatch, known):
+    """Also after a backward that kept the graph, more than once, and where only the output's gradient was asked for."""
+    from fastattn import compat
+
+    if not known:
+        monkeypatch.setattr(compat, "_running_node", None)
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out, long = fa.attention(q, k, v), fa.attention(q, k, v, backend="reference")
+    assert "ScaledDotProduct" in type(out.grad_fn).__name__
+    do = torch.randn_like(out).requires_grad_()
+    assert torch.equal(torch.autograd.grad(out, out, do, create_graph=True)[0], do)
+    for _ in range(2):
+        torch.autograd.grad(out, q, do, retain_graph=True)
+        second = []
+        for o in (out, long):
+            grads = torch.autograd.grad(o, (q, k, v), do, create_graph=True)
+            second.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v, do), retain_graph=True))
+        for a, b in zip(*second, strict=True):
+            assert_close(a, b)
+
+
+def test_the_tiniest_calls_output_can_be_pickled(recwarn):
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    out = fa.attention(q, k, v)
+    assert torch.equal(pickle.loads(pickle.dumps(out.detach())), out)
+    handle = out.register_hook(lambda g: 2 * g)
+    doubled = torch.autograd.grad(out.sum(), q, retain_graph=True)[0]
+    handle.remove()
+    assert_close(doubled, 2 * torch.autograd.grad(out.sum(), q)[0])
+    assert not recwarn.list
