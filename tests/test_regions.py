@@ -1,5 +1,7 @@
 """Row spans and dense masks as rectangles of work: every visible pair in exactly one region, nothing else in any."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import MASKS, generator
@@ -7,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn as fa
+from fastattn.backends import fused
 from fastattn.backends import regions as module
+from fastattn.backends.joint import joint
 from fastattn.backends.regions import CAUSAL, regions
 from fastattn.backends.runs import row_runs
 from fastattn.problem import IDENTITY, Problem
@@ -140,3 +144,42 @@ def test_unseen_keys_never_leak():
     clean = fa.attention(q, k, v, mask=dense)
     k[:, :, 40:43], v[:, :, 290:] = float("nan"), float("inf")
     assert torch.equal(fa.attention(q, k, v, mask=dense), clean)
+
+
+def results(p, do):
+    out, lse, low = fused.forward(p, True)
+    return (out, lse, *fused.backward(p, do, out, lse, low)[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", MASKS)
+def test_small_calls_in_one_region(monkeypatch, name, dtype):
+    """The same numbers as in many regions, also where keys that nobody sees hold NaN."""
+    g = generator(3)
+    n_b, n_q, n_k = 2, 13, 17
+    mask = MASKS[name](n_b, 4, n_q, n_k)
+    q, do = (torch.randn(n_b, 4, n_q, 8, generator=g).to(dtype) for _ in range(2))
+    k, v = (torch.randn(n_b, 2, n_k, 8, generator=g).to(dtype) for _ in range(2))
+    lowered = mask.lower(n_q, n_k)
+    unseen = ~lowered.to_dense(n_b=n_b, n_h=4).expand(n_b, 4, -1, -1).any(2).any(1)  # (B, n_k)
+    p = Problem(q, k, v, lowered, (), None, None, IDENTITY, 0.5, 0.0, "tiled", True)
+    region = joint(p)
+    assert (region is None) == (name in ("full", "causal"))
+    k, v = (x.masked_fill(unseen[:, None, :, None], torch.nan) for x in (k, v))
+    whole = results(replace(p, k=k, v=v), do)
+    monkeypatch.setattr(fused, "joint", lambda p: None)
+    parts = results(p, do)
+    bar = dict(atol=1e-12, rtol=1e-12) if dtype == torch.float64 else dict(atol=2e-2, rtol=2e-2)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, **bar)
+    assert whole[0].isfinite().all()
+
+
+def test_what_is_worth_one_region():
+    """Many short sequences; not one long batch entry, nor what needs no mask."""
+    lengths = torch.arange(1, 65) % 9 + 1
+    assert joint(problem(fa.Lengths(lengths), n_b=64, n_q=9, n_k=9)).hiding.shape == (64, 1, 1, 9)
+    assert joint(problem(fa.Lengths(lengths), n_b=64, n_q=300, n_k=300)) is None
+    assert joint(problem(fa.SlidingWindow(2, 0), n_b=64, n_q=100, n_k=100)) is None
+    assert joint(problem(fa.Causal(), n_q=9, n_k=9)) is None
+    assert joint(problem(fa.SlidingWindow(2, 0), n_q=9, n_k=9)).hiding.shape == (1, 1, 9, 9)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows, has_layout, rows_apart
 from ..scores import Additive
 from . import blocked
+from .joint import emptied, joint
 from .operands import add_keys, exact_out, k_part, q_part
 from .regions import CAUSAL, Band, Region, regions
 from .tile import Tile
@@ -64,7 +65,8 @@ def _operand(x: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
 
 def _chunks(p: Problem) -> Iterator[Region]:
     """Every region, its rows cut where a band would waste work or an additive term would take much memory."""
-    for region in regions(p):
+    whole = joint(p)
+    for region in regions(p) if whole is None else [whole]:
         step = _band_rows(region) if isinstance(region.hiding, Band) else region.n_rows
         if p.scores and region.n_rows * region.n_heads * region.n_keys > BIAS:
             step = min(step, max(16, BIAS // (_planes(p, region) * region.n_keys)))
@@ -147,6 +149,7 @@ def _blocks(p: Problem, region: Region) -> Iterator[Region]:
 def _region_forward(p: Problem, region: Region, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) of a region's own q, k and v."""
     mask = _float_mask(p, region)
+    k, v = emptied(region, k, v)
     out, lse = _forward(q, k, v, 0.0, region.hiding == CAUSAL, attn_mask=mask, scale=p.scale)
     # the kernel says 0 for the lse of a row that sees nothing
     if mask is not None and (p.scores or isinstance(region.hiding, Tensor)):
@@ -242,9 +245,11 @@ def _region_backward(p: Problem, region: Region, q, k, v, do, out, lse) -> tuple
     """(dq, dk, dv) of a region's own tensors, of one head_dim."""
     dim = max(p.q.shape[3], p.v_dim)
     q, k, v, do, out = (_operand(x, p.acc_dtype, dim) for x in (q, k, v, do, out))
-    return _backward(
+    k, v = emptied(region, k, v)
+    dq, dk, dv = _backward(
         do, q, k, v, out, lse, 0.0, region.hiding == CAUSAL, attn_mask=_float_mask(p, region), scale=p.scale,
     )  # fmt: skip
+    return dq, *emptied(region, dk, dv)
 
 
 def _finish(grad: Tensor, x: Tensor) -> Tensor:

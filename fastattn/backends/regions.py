@@ -52,6 +52,7 @@ class Region:
     rows: slice
     keys: Index
     hiding: Band | Tensor | None = None  # a tensor is bool (B|1, H|1, rows|1, keys), True = visible
+    joint: bool = False  # whether keys that no row of their batch entry sees are among its keys
 
     @property
     def n_rows(self) -> int:
@@ -93,7 +94,7 @@ class Region:
         rows = slice(self.rows.start + first, self.rows.start + last)
         if not isinstance(self.hiding, Band):
             hiding = self.hiding if self.hiding is None else select(self.hiding, 2, slice(first, last))
-            return Region(self.b, self.h, rows, self.keys, hiding)
+            return replace(self, rows=rows, hiding=hiding)
         assert isinstance(self.keys, slice)
         start, stop, start_step, stop_step = self.hiding
         low = max(0, start + first * start_step)
@@ -297,14 +298,14 @@ def _affine_pieces(spans: tuple, n_q: int, n_k: int) -> list[Piece]:
     return _pieces(*(x[0, 0] for x in LoweredMask(n_q, n_k, spans, None, ()).rows_tensors("cpu")))
 
 
-def _is_static(mask: LoweredMask) -> bool:
+def is_static(mask: LoweredMask) -> bool:
     return mask.spans is not None and not any(isinstance(bound.const, Tensor) for span in mask.spans for bound in span)
 
 
 def _span_pieces(p: Problem) -> Iterator[tuple[slice, slice, list[Piece]]]:
     """(batch entries, heads, pieces): neighbours with equal spans share their pieces."""
     everything = slice(0, p.n_b), slice(0, p.n_h)
-    if _is_static(p.mask):
+    if is_static(p.mask):
         yield (*everything, _affine_pieces(p.mask.spans, p.n_q, p.n_k))
         return
     start, stop = (x.cpu() for x in p.mask.rows_tensors(p.q.device))
@@ -402,7 +403,7 @@ def fixed(p: Problem) -> Iterator[Region]:
         keys, visible = own
         region = Region(*whole, rows, keys, None)
         if p.mask.predicates:
-            visible = visible & _predicate_tile(p, region, rows)
+            visible = visible & predicate_tile(p, region, rows)
         yield replace(region, hiding=visible)
 
 
@@ -416,7 +417,7 @@ def _mixed_tile_of(start: Tensor, stop: Tensor) -> tuple[slice, Tensor] | None:
     return keys, ((key >= start[..., None]) & (key < stop[..., None])).any(1)[None]
 
 
-def _predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:
+def predicate_tile(p: Problem, region: Region, rows: slice) -> Tensor:
     """Where the predicates let `rows` of the region see its keys: bool (B|1, H|1, rows|1, keys)."""
     tile = Tile(p, region.b, region.h, rows, region.keys)
     visible = None
@@ -441,7 +442,7 @@ def _by_columns_only(p: Problem) -> bool:
 def _refine(p: Problem, region: Region) -> Iterator[Region]:
     """The region under the mask's predicates, without the keys that they hide from all of its rows."""
     if _by_columns_only(p) and region.hiding is None:
-        visible = _predicate_tile(p, region, region.rows)
+        visible = predicate_tile(p, region, region.rows)
         if visible.shape[0] > 1 and region.n_rows * region.n_keys * size_of(region.h) >= GATHER:
             for b in range(region.b.start, region.b.stop):
                 part = replace(region, b=slice(b, b + 1))
@@ -458,7 +459,7 @@ def _masked_tiles(p: Problem, region: Region) -> Iterator[Masked]:
     for first in range(0, region.n_rows, ROWS):
         within = slice(first, min(first + ROWS, region.n_rows))
         rows = slice(region.rows.start + within.start, region.rows.start + within.stop)
-        visible = _predicate_tile(p, region, rows)
+        visible = predicate_tile(p, region, rows)
         own = region.visible(within, slice(0, region.n_keys))
         yield Masked(rows, region.keys, visible if own is None else visible & own.to(visible.device))
 
