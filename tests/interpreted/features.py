@@ -404,3 +404,18 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch):
     finally:
         launch.tables.cache_clear()
         launch.launch.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["jvp grads", "jvp2"])
+def test_tuning_holds_other_tiles_to_the_same_results(kernel, monkeypatch):
+    entry = tune.Entry(kernel, "", 32, 16)
+    p = tune._problem(entry, 17, DEVICE)
+    monkeypatch.setattr(tune, "_time", lambda entry, p: 1.0)
+    wanted = tune._run(entry, p, None)
+    try:
+        with tune._table(triton_call.architecture(p.q.device), entry, launch.Launch(16, 16, 1, 1)):
+            assert tune._tried(entry, p, wanted) == 1.0
+            assert tune._tried(entry, p, [*wanted[:-1], 1.5 * wanted[-1] + 1.0]) is None
+    finally:
+        launch.tables.cache_clear()
+        launch.launch.cache_clear()
