@@ -84,6 +84,8 @@ def bench(options: argparse.Namespace) -> int:
             print(f"{w.name:<14} {w.model}: {w}")
         return 0
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.profile:
+        return _profile(options, device)
     suites = tuple(dict.fromkeys(options.suites)) or suite.DEFAULT
     if "all" in suites:
         suites = suite.SUITES
@@ -106,6 +108,16 @@ def bench(options: argparse.Namespace) -> int:
     print(f"\nwritten: {', '.join(map(str, written_files))}")
     if options.into is not None:
         _insert(results.sections(), results.environment, options.into)
+    return 0
+
+
+def _profile(options: argparse.Namespace, device: str) -> int:
+    from .bench import models, profile
+
+    proton = profile.require(device)
+    files = profile.run(models.select(options.only or None, device), device, options.out, proton)
+    print(files[-1].read_text(), end="")
+    print(f"\nwritten: {', '.join(map(str, files))}")
     return 0
 
 
@@ -268,6 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--minutes", type=_minutes, default=3.0, help="about how long to time a suite (default 3)")
     one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
     one.add_argument("--list", action="store_true", help="list the workloads and stop")
+    one.add_argument("--profile", action="store_true", help="instead of suites: time per kernel of the workloads on a GPU, by "
+                     "Triton's profiler")  # fmt: skip
     one.add_argument("--no-compile", action="store_true", help="leave out peers that compile first (FlexAttention)")
     one.add_argument("--threads", type=_count, default=1, help="torch's CPU threads (default 1)")
     one.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
