@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from . import passes
 from .peers import PLAIN
 from .workloads import Inputs, Workload
 
 
-def exact(w: Workload, x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """out and the gradients of x's leaves in float64, from the textbook's formula."""
-    wide, group = x.double(), w.heads // w.kv_heads
+def exact(w: Workload, x: Inputs, direction: str) -> tuple[Tensor, ...]:
+    """What a pass yields in float64, from the textbook's formula."""
+    return textbook(w, x.double(), direction)
+
+
+def textbook(w: Workload, x: Inputs, direction: str) -> tuple[Tensor, ...]:
+    """What a pass yields by the textbook's formula in x's own dtype, one key head at a time: the whole might not fit."""
+    group = w.heads // w.kv_heads
     one = replace(w, heads=group, kv_heads=1)
     parts = []
-    for head in range(w.kv_heads):  # one key head at a time: the whole matrix in float64 might not fit
-        mine = slice(head * group, (head + 1) * group)
-        table = None if wide.table is None else wide.table[:, mine].detach().requires_grad_()
-        q, do = (t[:, mine].detach() for t in (wide.q, wide.do))
-        k, v = (t[:, head : head + 1].detach().requires_grad_() for t in (wide.k, wide.v))
-        part = replace(wide, q=q.requires_grad_(), k=k, v=v, do=do, table=table)
-        parts.append(results(PLAIN.build(one, part), part))
-    outs, grads = zip(*parts)
-    return torch.cat(outs, 1), tuple(torch.cat(g, 1) for g in zip(*grads))  # dimension 1 is heads, the table's too
-
-
-def results(call: Callable[[], Tensor], x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The same from an implementation built on x."""
-    out = call()
-    return out.detach(), torch.autograd.grad(out, x.leaves, x.do)
+    for index in range(w.kv_heads):
+        part = x.head(index, group)
+        parts.append(passes.results(PLAIN.build(one, part), part, direction))
+    return tuple(torch.cat(values, 1) for values in zip(*parts))  # dimension 1 is heads, the parameters' too
 
 
 def distance(value: Tensor, wanted: Tensor) -> float:

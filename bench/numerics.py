@@ -7,15 +7,15 @@ are exactly 0 a little off 0, and what is off is multiplied by the mean key. Rea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import Causal, attention, dispatch, explain
+from .peers import OURS, PEERS, PLAIN, Peer
+from .workloads import Inputs, Workload
 
 LENGTH, HEAD_DIM, HEADS = 1024, 64, 2
 GRADIENTS = ("dq", "dk", "dv")
@@ -60,8 +60,8 @@ def inputs(data: Data, n: int = LENGTH, device: str = "cpu") -> tuple[Tensor, ..
     return tuple(x.bfloat16() for x in (q, k + data.key * direction * along, v + data.value, do))
 
 
-def candidates(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Causal attention by every backend of ours that runs here, by torch's own choice and by its math path."""
+def candidates(device: str, compiled: bool = True) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Causal attention by every backend of ours that runs here and by every peer that has a backward."""
     x = torch.empty(1, 1, 1, HEAD_DIM, dtype=torch.bfloat16, device=device)
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
     for name in dispatch.BACKENDS:
@@ -70,25 +70,33 @@ def candidates(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tens
         except (ValueError, ImportError):
             continue
         found[f"fastattn {name}"] = lambda q, k, v, name=name: attention(q, k, v, mask=Causal(), backend=name)  # type: ignore[misc]
-    found["sdpa"] = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    found["sdpa math"] = math
+    w = Workload("", "", 1, HEADS, HEADS, LENGTH, HEAD_DIM, torch.bfloat16, causal=True)
+    for peer in PEERS:
+        if peer in (OURS, PLAIN) or peer.unavailable(device) or peer.cannot(w, device, "forward+backward"):
+            continue
+        if compiled or not peer.compiles:
+            found[peer.name] = lambda q, k, v, peer=peer: _by_peer(peer, w, q, k, v)  # type: ignore[misc]
     return found
 
 
-def run(device: str, n: int = LENGTH) -> Iterator[Row]:
-    """Rows as they are ready: every implementation on every kind of data."""
+def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
+    """Rows as they are ready: every implementation on every kind of data; errors are nan where it failed."""
+    everyone = candidates(device, compiled)
     for data in DATA:
         *leaves, do = inputs(data, n, device)
         exact = _gradients(_plain, [x.double() for x in leaves], do.double())
-        for who, attend in candidates(device).items():
-            found = _gradients(attend, leaves, do)
-            errors = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+        for who, attend in everyone.items():
+            try:
+                found = _gradients(attend, leaves, do)
+                errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+            except Exception:  # a peer's failure is a cell of the table
+                errors = [float("nan")] * len(GRADIENTS)
             yield Row(data.name, who, dict(zip(GRADIENTS, errors)))
+
+
+def _by_peer(peer: Peer, w: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = Inputs(q, k, v, q, {}, Causal())
+    return peer.build(replace(w, length=q.shape[2]), x)(x)
 
 
 def _gradients(attend: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:

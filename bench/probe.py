@@ -1,6 +1,6 @@
 """The process in which peak memory is measured: reads cells from stdin, prints a line of JSON for each.
 
-["model", workload, direction, peer, device] or ["feature", name, who, length, device]
+["cell", suite, workload, direction, peer, device] or ["feature", name, who, length, device]
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import sys
 
 import torch
 
-from . import features, memory, models
+from . import cells, features, memory
 
 
 def main() -> None:
     memory.settle()
-    threads, cells = json.load(sys.stdin)
+    threads, todo = json.load(sys.stdin)
     torch.set_num_threads(threads or 1)
-    for kind, *cell in cells:
+    for kind, *cell in todo:
         device = cell[-1]
         found: dict[str, int | str | None]
         try:
-            if kind == "model":
-                call = models.memory_call(*cell)
+            if kind == "cell":
+                call = cells.memory_call(*cell)
             else:
                 name, who, length, _ = cell
                 call = features.FEATURES[name](who, length, device)

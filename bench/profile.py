@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import sweeps
+from .passes import PASSES
 from .peers import OURS
 from .workloads import Inputs, Workload, inputs
 
-BACKWARD = 2.5  # products of a backward by those of a forward, as everybody counts them; ours computes two of them twice
 LONGEST = 56  # characters of a kernel's name that are printed
 
 
@@ -35,18 +36,32 @@ def require(device: str) -> Any:
         raise ValueError(f"{needs}; {error}") from error
 
 
-def run(chosen: list[Workload], device: str, out: Path, proton: Any) -> list[Path]:
+def chosen(suites: Sequence[str], only: Sequence[str], device: str) -> list[Workload]:
+    """The workloads of some suites, or those of these names.
+
+    Raises:
+        ValueError: a suite has no workloads, or none of them has a workload of a name.
+    """
+    if unknown := [name for name in suites if name not in sweeps.SWEEPS]:
+        raise ValueError(f"--profile takes the suites {', '.join(sweeps.SWEEPS)}; got {', '.join(unknown)}")
+    found = dict.fromkeys(cell.workload for name in suites for cell in sweeps.SWEEPS[name](device))
+    if unknown := sorted(set(only) - {w.name for w in found}):
+        raise ValueError(f"no workload is named {', '.join(unknown)}; there are {', '.join(w.name for w in found)}")
+    return [w for w in found if not only or w.name in only]
+
+
+def run(workloads: list[Workload], device: str, out: Path, proton: Any) -> list[Path]:
     """Profile the workloads and write profile.hatchet, proton's own file, and profile.txt, the tree; returns both paths."""
     out.mkdir(parents=True, exist_ok=True)
     flops = {}
-    for w in chosen:
+    for w in workloads:
         x = inputs(w, device)
-        work = w.batch * w.heads * w.length**2 * 4 * w.head_dim * x.mask.density(w.length, w.length)
-        flops[w.name] = {"forward": work, "backward": BACKWARD * work}
+        density = x.mask.density(w.length, w.length)
+        flops[w.name] = {name: sweeps.flops(w, PASSES[name], density) for name in ("forward", "backward")}
         _passes(w, x)  # compiles
     session = proton.start(str(out / "profile"))
     try:
-        for w in chosen:
+        for w in workloads:
             x = inputs(w, device)
             _synchronize(device)
             with proton.scope(w.name):
@@ -61,11 +76,11 @@ def run(chosen: list[Workload], device: str, out: Path, proton: Any) -> list[Pat
 
 def _passes(w: Workload, x: Inputs, proton: Any = None) -> None:
     """Forward and backward; with proton each in a scope of its own."""
-    call = OURS.build(w, x)
+    attend = OURS.build(w, x)
     scope = _Nothing if proton is None else proton.scope
     with torch.autograd.set_multithreading_enabled(False):  # scopes belong to a thread: the backward stays in this one
         with scope("forward"):
-            result = call()
+            result = attend(x)
         with scope("backward"):
             torch.autograd.grad(result, x.leaves, x.do)
 
@@ -88,8 +103,8 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def tree(root: dict[str, Any], flops: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Lines: workloads, their passes with TFLOP/s (of visible pairs only), and kernels, the longest first.
+def tree(root: dict[str, Any], flops: dict[str, dict[str, float | None]]) -> Iterator[str]:
+    """Lines: workloads, their passes with TFLOP/s in the field's convention, and kernels, the longest first.
 
     Args:
         root: a node of proton's tree, with frame.name, metrics and children.

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,34 @@ from typing import Any
 import torch
 
 from .. import environment
-from . import SUITES, features, hosts, memory, models, numerics, plot, table, targets, timing, training
+from . import (
+    SUITES,
+    cells,
+    features,
+    hosts,
+    memory,
+    numerics,
+    page,
+    plot,
+    roof,
+    sweeps,
+    table,
+    targets,
+    timing,
+    training,
+)
 from .progress import Progress
+from .sweeps import SWEEPS
 
 DEFAULT = ("models", "training")
+
+
+# about how many minutes each suite takes by itself, which is also its part of a run of --minutes
+MINUTES = {
+    "models": 2.2, "training": 0.6, "targets": 6.0, "memory": 0.5, "accuracy": 0.7, "hosts": 1.5, "forward": 2.0,
+    "backward": 3.0, "masks": 2.0, "bias": 2.0, "second-order": 1.5, "overhead": 0.7,
+}  # fmt: skip
+TIMED = 0.45  # of a suite's time; the rest goes to checking every result, to compiling and to peak memory
 
 
 @dataclass(frozen=True)
@@ -26,19 +51,30 @@ class Options:
 
     Attributes:
         suites: of SUITES. only: names of workloads, all by default.
-        minutes: about how long a suite takes; slow peers and compiling may take it further.
-        quick: one round of everything and few training steps: to see that it runs.
-        threads: torch's CPU threads while models are timed.
+        minutes: about how long the whole run takes; what does not fit in any more is left out, and said. None: everything.
+        quick: the fewest rounds, few workloads and few training steps: to see that it runs.
+        threads: torch's CPU threads, but for targets.
     """
 
     suites: tuple[str, ...] = DEFAULT
     only: tuple[str, ...] = ()
-    minutes: float = 3.0
+    minutes: float | None = None
     quick: bool = False
     compiled: bool = True
     threads: int = 1
     device: str = "cpu"
-    out: Path | None = None
+
+    def seconds(self, suite: str) -> float:
+        """A suite's part of the time."""
+        if self.quick:
+            return 0.0
+        whole = sum(MINUTES[name] for name in self.suites)
+        return 60 * MINUTES[suite] * (1.0 if self.minutes is None else self.minutes / whole)
+
+    def limits(self, suite: str) -> cells.Limits:
+        seconds = self.seconds(suite)
+        deadline = float("inf") if self.minutes is None or self.quick else time.monotonic() + 0.85 * seconds
+        return cells.Limits(TIMED * seconds, deadline, self.compiled and not self.quick)
 
 
 @dataclass
@@ -46,22 +82,24 @@ class Results:
     """What was measured so far; an interrupted run keeps it."""
 
     environment: dict[str, Any]
-    models: list[models.Row] = field(default_factory=list)
+    roof: roof.Roof | None = None
+    cells: dict[str, list[cells.Row]] = field(default_factory=dict)
     training: training.Training | None = None
     targets: list[targets.Row] = field(default_factory=list)
     features: list[features.Row] = field(default_factory=list)
-    numerics: list[numerics.Row] = field(default_factory=list)
+    accuracy: list[numerics.Row] = field(default_factory=list)
     hosts: list[hosts.Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
         return {
             "environment": self.environment,
-            "models": [row.json() for row in self.models],
+            "roof": None if self.roof is None else self.roof.json(),
+            **{suite: [row.json() for row in self.cells.get(suite, [])] for suite in SWEEPS},
             "training": None if self.training is None else self.training.json(),
             "targets": [row.json() for row in self.targets],
             "memory": [row.json() for row in self.features],
-            "numerics": [row.json() for row in self.numerics],
+            "accuracy": [row.json() for row in self.accuracy],
             "hosts": [row.json() for row in self.hosts],
             "notes": self.notes,
         }
@@ -69,9 +107,11 @@ class Results:
     def sections(self) -> dict[str, str]:
         """The tables by suite, as Markdown."""
         found = {}
-        if self.models:
-            parts = [table.models(self.models), MODELS_KEY, table.shapes(self.models), table.reasons(self.models)]
-            found["models"] = "\n\n".join(part for part in parts if part)
+        for suite, rows in self.cells.items():
+            if rows:
+                key = table.KEY if suite == next(iter(self.cells)) else ""
+                parts = [table.cells(rows), key, table.shapes(rows), table.reasons(rows)]
+                found[suite] = "\n\n".join(part for part in parts if part)
         if self.training is not None and self.training.losses["torch"]:
             drift = f"The two loss curves differ by at most {self.training.drift:.1e}."
             found["training"] = f"{table.training(self.training)}\n\n{drift}"
@@ -79,19 +119,12 @@ class Results:
             found["targets"] = table.targets(self.targets)
         if self.features:
             found["memory"] = table.features(self.features)
-        if self.numerics:
-            found["numerics"] = table.numerics(self.numerics)
+        if self.accuracy:
+            found["accuracy"] = table.numerics(self.accuracy)
         if self.hosts:
             versions = [f"{name} {self.environment[name]}" for name in hosts.libraries() if self.environment.get(name)]
             found["hosts"] = "\n\n".join([table.hosts(self.hosts), HOSTS_KEY, f"Versions: {', '.join(versions)}."])
         return found
-
-
-MODELS_KEY = (
-    "error, plain's: relative L2 against float64, of the output or of the worst gradient, ours and plain PyTorch's. "
-    "ms: our median, with half the interquartile range. Under a peer's name: how many times longer it took; "
-    '"same" where the run cannot tell; "-" where it has no number. MB: peak memory beyond the inputs.'
-)
 
 
 HOSTS_KEY = (
@@ -111,57 +144,97 @@ def run(options: Options) -> Results:
     unknown = sorted(set(options.suites) - set(SUITES))
     if unknown:
         raise ValueError(f"no suite is named {', '.join(unknown)}; there are {', '.join(SUITES)} and all")
-    chosen = models.select(list(options.only) or None, options.device)
+    chosen = _chosen(options)
     results = Results({**environment.describe(), **_when(options)})
     try:
-        if options.device == "cuda":
-            told = models.first_call(chosen[0], options.device)
-            results.notes.append(f"{told}: kernels were compiled, or read from Triton's cache; fastattn.warmup does it ahead")
         with timing.threads(options.threads):
-            if "models" in options.suites:
-                _models(options, chosen, results)
-            if "training" in options.suites:
-                _training(options, results)
-        if "targets" in options.suites:
-            _targets(options, results)
-        if "memory" in options.suites:
-            _features(options, results)
-        if "numerics" in options.suites:
-            _numerics(options, results)
-        if "hosts" in options.suites:
-            _hosts(options, results)
+            _prepare(options, chosen, results)
+            for suite in options.suites:
+                if suite in chosen:
+                    _cells(options, suite, chosen[suite], results)
+                elif suite == "training":
+                    _training(options, results)
+                elif suite == "accuracy":
+                    _accuracy(options, results)
+        for suite in options.suites:
+            if suite in OTHERS:
+                OTHERS[suite](options, results)
     except KeyboardInterrupt:
         results.notes.append("interrupted: what was measured until then")
     return results
 
 
 def write(results: Results, out: Path) -> list[Path]:
-    """results.json, tables.md and, with matplotlib, bench.png in the folder `out`; returns what was written."""
+    """results.json, tables.md and, with matplotlib, bench.png and report.html in the folder `out`; returns what was written."""
     out.mkdir(parents=True, exist_ok=True)
-    data, text, picture = out / "results.json", out / "tables.md", out / "bench.png"
+    data, text, picture, whole = out / "results.json", out / "tables.md", out / "bench.png", out / "report.html"
     data.write_text(json.dumps(results.json(), indent=1) + "\n")
     text.write_text("\n\n".join(f"## {name}\n\n{section}" for name, section in results.sections().items()) + "\n")
     written = [data, text]
-    if results.models or results.training is not None:
-        try:
-            plot.draw(results.models, results.training, picture)
+    models = results.cells.get("models", [])
+    try:
+        if models or results.training is not None:
+            plot.draw(models, results.training, picture)
             written.append(picture)
-        except ImportError:
-            results.notes.append("no picture: matplotlib is not installed")
+        whole.write_text(page.html(json.loads(data.read_text()), results.sections()))
+        written.append(whole)
+    except ImportError:
+        results.notes.append("no pictures: matplotlib is not installed")
     return written
 
 
-def _models(options: Options, chosen: list[models.Workload], results: Results) -> None:
-    share = 0.0 if options.quick else 60 * options.minutes * 0.35
-    with Progress("models", 2 * len(chosen)) as bar:
-        for row in models.run(chosen, options.device, share, options.compiled and not options.quick):
-            results.models.append(row)
-            bar.advance(f"{row.workload} {row.direction}")
-    with Progress("peak memory", 1) as bar:
-        models.measure_memory(results.models, options.device)
+def _chosen(options: Options) -> dict[str, list[sweeps.Cell]]:
+    """The cells of every suite that has some.
+
+    Raises:
+        ValueError: none of them has a workload of a name in `only`.
+    """
+    suites = [suite for suite in options.suites if suite in SWEEPS]
+    whole = {suite: SWEEPS[suite](options.device) for suite in suites}
+    known = dict.fromkeys(cell.workload.name for found in whole.values() for cell in found)
+    unknown = sorted(set(options.only) - set(known))
+    if unknown:
+        raise ValueError(f"no workload is named {', '.join(unknown)}; there are {', '.join(known) or 'none in these suites'}")
+    if options.only:
+        whole = {suite: [c for c in found if c.workload.name in options.only] for suite, found in whole.items()}
+    if options.quick:
+        whole = {suite: found if suite in ("models", "overhead") else _shortest(found) for suite, found in whole.items()}
+    return {suite: found for suite, found in whole.items() if found}
+
+
+def _shortest(found: list[sweeps.Cell]) -> list[sweeps.Cell]:
+    """A few cells that take little time."""
+    return sorted(found, key=lambda cell: cell.workload.length * cell.workload.head_dim)[:4]
+
+
+def _prepare(options: Options, chosen: dict[str, list[sweeps.Cell]], results: Results) -> None:
+    everything = [cell.workload for found in chosen.values() for cell in found]
+    if not everything:
+        return
+    if options.device == "cuda":
+        told = cells.first_call(everything[0], options.device)
+        results.notes.append(f"{told}: kernels were compiled, or read from Triton's cache; fastattn.warmup does it ahead")
+    results.roof = roof.measure(options.device, {w.dtype for w in everything})
+
+
+def _cells(options: Options, suite: str, chosen: list[sweeps.Cell], results: Results) -> None:
+    rows = results.cells.setdefault(suite, [])
+    with Progress(suite, len(chosen)) as bar:
+        for row in cells.run(suite, chosen, options.device, options.limits(suite), results.roof):
+            rows.append(row)
+            bar.advance(row.name)
+    left = [f"{c.workload.name} {c.direction}" for c in chosen[len(rows) :]]
+    if left:
+        more = "" if len(left) <= 6 else f" and {len(left) - 6} more"
+        results.notes.append(f"{suite}: {len(left)} of {len(chosen)} left out, the time was up: {', '.join(left[:6])}{more}")
+    with Progress(f"{suite}: peak memory", 1) as bar:
+        cells.measure_memory(rows, options.device)
         bar.advance("")
-    if not memory.measurable(options.device):
-        results.notes.append("peak memory is known on Linux and on CUDA only")
+    if not memory.measurable(options.device) and MEMORY_UNKNOWN not in results.notes:
+        results.notes.append(MEMORY_UNKNOWN)
+
+
+MEMORY_UNKNOWN = "peak memory is known on Linux and on CUDA only"
 
 
 def _training(options: Options, results: Results) -> None:
@@ -182,7 +255,7 @@ def _targets(options: Options, results: Results) -> None:
         return
     chosen = [t for t in targets.targets() if not options.quick or t.length <= 512]
     with Progress("targets", len(chosen)) as bar:
-        for row in targets.run(chosen, 0.0 if options.quick else 60 * options.minutes):
+        for row in targets.run(chosen, 0.5 * options.seconds("targets")):
             results.targets.append(row)
             bar.advance(f"{row.target.name} {row.target.length}")
 
@@ -196,10 +269,11 @@ def _features(options: Options, results: Results) -> None:
         bar.advance("")
 
 
-def _numerics(options: Options, results: Results) -> None:
-    with Progress("numerics", len(numerics.DATA) * len(numerics.candidates(options.device))) as bar:
-        for row in numerics.run(options.device, 128 if options.quick else numerics.LENGTH):
-            results.numerics.append(row)
+def _accuracy(options: Options, results: Results) -> None:
+    compiled = options.compiled and not options.quick
+    with Progress("accuracy", len(numerics.DATA) * len(numerics.candidates(options.device, compiled))) as bar:
+        for row in numerics.run(options.device, 128 if options.quick else numerics.LENGTH, compiled):
+            results.accuracy.append(row)
             bar.advance(row.who)
 
 
@@ -217,6 +291,9 @@ def _hosts(options: Options, results: Results) -> None:
     results.environment.update({name: environment.version(hosts.PACKAGES.get(name, name)) for name in hosts.libraries()})
 
 
+OTHERS: dict[str, Callable[[Options, Results], None]] = {"targets": _targets, "memory": _features, "hosts": _hosts}
+
+
 def _when(options: Options) -> dict[str, Any]:
     """What else a reader needs to repeat a run."""
     return {
@@ -228,7 +305,21 @@ def _when(options: Options) -> dict[str, Any]:
         "commit": _git("rev-parse", "--short", "HEAD"),
         "clean": _git("status", "--porcelain") == "",
         "machine": platform.machine(),
+        **(_card() if options.device == "cuda" else {}),
     }
+
+
+def _card() -> dict[str, Any]:
+    """Driver and clocks, by the driver's own tool."""
+    asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    values = found.stdout.splitlines()[0].split(", ")
+    return dict(zip(("driver", "clock", "highest clock", "memory clock", "power limit", "temperature"), values))
 
 
 def _git(*arguments: str) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .cells import Row
 from .features import WHO
 from .features import Row as FeatureRow
 from .hosts import Row as HostRow
-from .models import Row
 from .numerics import Row as NumericsRow
+from .passes import SHORT
 from .peers import OURS, PEERS
 from .targets import Row as TargetRow
 from .timing import Times
@@ -28,6 +29,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def seconds(t: Times) -> str:
     """Median and spread."""
     ms = t.median * 1e3
+    if ms < 1:
+        return f"{ms:.3f} ±{t.spread:.0%}"
     return f"{ms:.{2 if ms < 10 else 1 if ms < 100 else 0}f} ±{t.spread:.0%}"
 
 
@@ -35,24 +38,50 @@ def megabytes(n: int | None) -> str:
     return "" if n is None else f"{n / MB:.{1 if n < 10 * MB else 0}f}"
 
 
-def models(rows: Sequence[Row]) -> str:
-    """Errors, our time, every peer's time as a multiple of it, and peak memory of ours and of torch's default."""
+KEY = (
+    "error, plain's: relative L2 against float64, of the output or of the worst gradient, ours and plain PyTorch's. "
+    "ms: our median, with half the interquartile range. rate: floating point operations a second in the field's convention; "
+    "roof: the share of what this machine's matrix products or memory would allow. Under a peer's name: how many times longer "
+    'it took; "same" where the run cannot tell; "-" where it has no number. MB: peak memory beyond the inputs.'
+)
+
+
+def cells(rows: Sequence[Row]) -> str:
+    """Errors, our time and rate, every peer's time as a multiple of ours, and peak memory of ours and of torch's default."""
     shown = [p.name for p in PEERS if p is not OURS and any(p.name in row.times for row in rows)]
-    head = ["workload", "pass", "error", "plain's", "ms", *shown, "MB", "sdpa MB", "plain MB"]
-    lines = []
+    rated, sized = any(row.flops for row in rows), any(row.memory for row in rows)
+    sizes = (OURS.name, "sdpa", "plain") if sized else ()
+    head = ["workload", "pass", "error", "plain's", "ms", *(("rate", "roof") if rated else ()), *shown]
+    head += ["MB" if who == OURS.name else f"{who} MB" for who in sizes]
+    lines, last = [], ""
     for row in rows:
-        ratios = [str(row.ratio(name) or "-") for name in shown]
-        ms = seconds(row.times[OURS.name]) if OURS.name in row.times else "-"
-        sizes = [megabytes(row.memory.get(name)) for name in (OURS.name, "sdpa", "plain")]
-        name = row.workload if row.direction == "forward" else ""
-        short = "fwd" if row.direction == "forward" else "fwd+bwd"
-        lines.append([name, short, f"{row.error:.1e}", f"{row.plain_error:.1e}", ms, *ratios, *sizes])
+        mine = row.times.get(OURS.name)
+        line = ["" if row.workload == last else row.workload, SHORT[row.direction]]
+        line += [f"{row.error:.1e}", f"{row.plain_error:.1e}"]
+        line.append("-" if mine is None else seconds(mine))
+        if rated:
+            line += ["-", "-"] if mine is None or row.flops is None else [rate(row.flops / mine.median), share(row, mine)]
+        line += [str(row.ratio(name) or "-") for name in shown]
+        lines.append(line + [megabytes(row.memory.get(name)) for name in sizes])
+        last = row.workload
     return markdown(head, lines)
+
+
+def rate(flops: float) -> str:
+    """Of operations a second."""
+    return f"{flops / 1e12:.0f} T" if flops >= 1e13 else f"{flops / 1e9:.3g} G"
+
+
+def share(row: Row, mine: Times) -> str:
+    """Of the roof."""
+    return "-" if row.roof is None else f"{row.roof / mine.median:.0%}"
 
 
 def shapes(rows: Sequence[Row]) -> str:
     """What each workload is."""
     seen = {row.workload: (row.model, row.shape) for row in rows}
+    if all(name.startswith("d") and model in ("causal", "full") for name, (model, _) in seen.items()):
+        return ""  # a sweep: the names say it
     return "\n".join(f"- {name}: {model}: {shape}" for name, (model, shape) in seen.items())
 
 
@@ -61,11 +90,14 @@ def reasons(rows: Sequence[Row]) -> str:
     where: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for peer, reason in row.reasons.items():
-            where.setdefault((peer, reason), []).append(f"{row.workload} {row.direction}")
+            where.setdefault((peer, reason), []).append(row.name)
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (peer, reason), found in where.items():
+        alike.setdefault((reason, tuple(found)), []).append(peer)
     lines = []
-    for (peer, reason), cells in where.items():
-        places = "everywhere" if len(cells) == len(rows) else ", ".join(cells[:4]) + (", ..." if len(cells) > 4 else "")
-        lines.append(f"- {peer}: {reason} ({places})")
+    for (reason, names), peers in alike.items():
+        places = "everywhere" if len(names) == len(rows) else ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        lines.append(f"- {', '.join(peers)}: {reason} ({places})")
     return "\n".join(lines)
 
 

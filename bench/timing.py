@@ -83,7 +83,9 @@ def threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def interleave(calls: Calls, seconds: float, device: str = "cpu", rounds: int | None = None) -> dict[str, Times]:
+def interleave(
+    calls: Calls, seconds: float, device: str = "cpu", rounds: int | None = None, repeat: int = 1
+) -> dict[str, Times]:
     """Every call's times, taken in turns, the first to go changing from round to round.
 
     Args:
@@ -91,8 +93,11 @@ def interleave(calls: Calls, seconds: float, device: str = "cpu", rounds: int | 
         seconds: about how long to go on, MIN_ROUNDS rounds at least. A slow candidate stops after SLOW_ROUNDS, but
             never the first.
         rounds: a fixed number of rounds instead.
+        repeat: with more than one, so many calls are timed together and the time of one is told; on CUDA it is then what
+            the host spends on a call, the device being left to run behind.
     """
-    clock = _Cuda() if device == "cuda" else _cpu
+    calls = {name: _repeated(call, repeat) for name, call in calls.items()}
+    clock = _cpu if device != "cuda" else _Cuda() if repeat == 1 else _host
     names = list(calls)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     slow = set()
@@ -115,7 +120,30 @@ def interleave(calls: Calls, seconds: float, device: str = "cpu", rounds: int | 
                     taken[name].append(clock(calls[name]))
     finally:
         gc.enable()
-    return {name: Times(tuple(a for a, _ in pairs), tuple(b for _, b in pairs)) for name, pairs in taken.items()}
+    return {
+        name: Times(tuple(a / repeat for a, _ in pairs), tuple(b / repeat for _, b in pairs)) for name, pairs in taken.items()
+    }
+
+
+def _repeated(call: Callable[[], Any], repeat: int) -> Callable[[], Any]:
+    if repeat == 1:
+        return call
+
+    def run() -> None:
+        for _ in range(repeat):
+            call()
+
+    return run
+
+
+def _host(call: Callable[[], Any]) -> tuple[float, float]:
+    """What it takes to launch: the device's queue is empty before, and not waited for."""
+    torch.cuda.synchronize()
+    wall = time.perf_counter()
+    call()
+    taken = time.perf_counter() - wall
+    torch.cuda.synchronize()
+    return taken, taken
 
 
 def _cpu(call: Callable[[], Any]) -> tuple[float, float]:

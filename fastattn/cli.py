@@ -1,8 +1,10 @@
-"""The command line: info, explain, bench, compile and tune.
+"""The command line: info, explain, bench, compare, report, compile and tune.
 
 python -m fastattn info
 python -m fastattn explain --q 1,32,1024,128 --k 1,8,1024,128 --dtype bfloat16 --mask "Causal()"
 python -m fastattn bench
+python -m fastattn compare before/results.json after/results.json
+python -m fastattn report bench-out --html page.html
 python -m fastattn compile --arch sm_90
 python -m fastattn tune --minutes 9
 """
@@ -76,19 +78,21 @@ def explain(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Run benchmark suites and write their results."""
-    from .bench import suite
-    from .bench.workloads import MODELS
+    from .bench import compare, revisions, suite
+    from .bench.sweeps import SWEEPS
 
-    if options.list:
-        for w in MODELS:
-            print(f"{w.name:<14} {w.model}: {w}")
-        return 0
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.profile:
         return _profile(options, device)
-    suites = tuple(dict.fromkeys(options.suites)) or suite.DEFAULT
+    suites = tuple(dict.fromkeys(options.suites)) or (("models",) if options.base else suite.DEFAULT)
     if "all" in suites:
-        suites = suite.SUITES
+        suites = tuple(name for name in SUITES if name in SWEEPS or not options.base)
+    if options.list:
+        for name in SWEEPS if not options.suites else [name for name in suites if name in SWEEPS]:
+            print(f"{name}:")
+            for w in dict.fromkeys(cell.workload for cell in SWEEPS[name](device)):
+                print(f"  {w.name:<18} {w.model}: {w}")
+        return 0
     chosen = suite.Options(
         suites=suites,
         only=tuple(options.only),
@@ -98,6 +102,9 @@ def bench(options: argparse.Namespace) -> int:
         threads=options.threads,
         device=device,
     )
+    if options.base is not None:
+        print(compare.text(compare.compare(*revisions.against(options.base, chosen))))
+        return 0
     results = suite.run(chosen)
     print("  ".join(f"{name} {results.environment[name]}" for name in ("fastattn", "torch", "cpu", "gpu", "threads")))
     for name, section in results.sections().items():
@@ -112,13 +119,63 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace, device: str) -> int:
-    from .bench import models, profile
+    from .bench import profile
 
     proton = profile.require(device)
-    files = profile.run(models.select(options.only or None, device), device, options.out, proton)
+    files = profile.run(profile.chosen(options.suites or ["models"], options.only, device), device, options.out, proton)
     print(files[-1].read_text(), end="")
     print(f"\nwritten: {', '.join(map(str, files))}")
     return 0
+
+
+def compare_runs(options: argparse.Namespace) -> int:
+    """What became slower or faster from one run to another."""
+    from .bench import compare
+
+    changes = compare.compare(*(_results(path) for path in (options.before, options.after)))
+    print(compare.text(changes))
+    return int(any(change.verdict == "slower" for change in changes))
+
+
+def report(options: argparse.Namespace) -> int:
+    """A run's pictures and tables as a page, and its pictures by themselves."""
+    from .bench import page, plot
+
+    results = _results(options.results)
+    folder = options.results if options.results.is_dir() else options.results.parent
+    text = folder / "tables.md"
+    if options.html is None and options.figures is None:
+        options.html = folder / "report.html"
+    try:
+        if options.html is not None:
+            options.html.write_text(page.html(results, page.read_sections(text.read_text()) if text.exists() else {}))
+            print(f"written: {options.html}")
+        if options.figures is not None:
+            options.figures.mkdir(parents=True, exist_ok=True)
+            for name, figure in plot.figures(page.rows(results)).items():
+                page.save(figure, options.figures / f"{name}.svg")
+                print(f"written: {options.figures / name}.svg")
+    except ImportError as missing:
+        raise ValueError(f'pictures need matplotlib: pip install "fastattn[bench]" ({missing})') from missing
+    return 0
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """A run's results.json, from its path or its folder's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = path / "results.json" if path.is_dir() else path
+    try:
+        data = json.loads(found.read_text())
+    except OSError as error:
+        raise ValueError(f"no results at {found}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{found} is no results.json: {error}") from error
+    if not isinstance(data, dict) or "environment" not in data:
+        raise ValueError(f"{found} is no results.json of the benchmark")
+    return data
 
 
 def compile_kernels(options: argparse.Namespace) -> int:
@@ -274,10 +331,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--backend", help="ask for a backend by name")
     one.set_defaults(run=explain)
 
-    one = commands.add_parser("bench", help="errors against float64 and times beside torch's attention")
+    one = commands.add_parser("bench", help="errors against float64 and times beside every peer at hand")
     one.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)} or all (default: models training)")
     one.add_argument("--quick", action="store_true", help="a few rounds of everything: to see that it runs")
-    one.add_argument("--minutes", type=_minutes, default=3.0, help="about how long to time a suite (default 3)")
+    one.add_argument("--minutes", type=_minutes, help="about how long the whole run may take: the most telling cells come "
+                     "first, and what is left out is named (default: everything)")  # fmt: skip
     one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
     one.add_argument("--list", action="store_true", help="list the workloads and stop")
     one.add_argument("--profile", action="store_true", help="instead of suites: time per kernel of the workloads on a GPU, by "
@@ -286,8 +344,20 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--threads", type=_count, default=1, help="torch's CPU threads (default 1)")
     one.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     one.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for JSON, tables and picture")
+    one.add_argument("--base", metavar="REF", help="measure the same on another git revision too, in turns, and compare")
     one.add_argument("--into", type=_page, metavar="PAGE", help="also put the tables between the marks of a Markdown page")
     one.set_defaults(run=bench)
+
+    one = commands.add_parser("compare", help="what became slower or faster from one run to another; 1 if anything is slower")
+    one.add_argument("before", type=Path, help="results.json, or its folder")
+    one.add_argument("after", type=Path, help="likewise, made on the same machine")
+    one.set_defaults(run=compare_runs)
+
+    one = commands.add_parser("report", help="a run as one HTML page with its pictures")
+    one.add_argument("results", type=Path, help="results.json, or its folder")
+    one.add_argument("--html", type=Path, metavar="PAGE", help="where to (default: report.html beside the results)")
+    one.add_argument("--figures", type=Path, metavar="DIR", help="the pictures as SVG files instead, or as well")
+    one.set_defaults(run=report)
 
     one = commands.add_parser("compile", help="compile the Triton kernels without a GPU: registers, spills, shared memory")
     one.add_argument("--arch", action="append", metavar="SM", help="for instance sm_90; may be repeated (default sm_80 sm_90)")

@@ -22,6 +22,7 @@ from .problem import rows_apart
 
 SMALL = 1 << 19  # score elements beyond which the host's work no longer shows
 TINY = 1 << 15  # elements of q, k and v that may live as long as the graph, where a Function would free them in its backward
+FEW = 128  # numbers that are quickly read one by one
 _forward = compat.fused_cpu_forward
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _NOTHING_HIDDEN = {dtype: torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -61,9 +62,16 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
 def _computed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse). With few keys the kernel takes a NaN row for a hidden one, which its lse of 0 gives away; a mask mends it."""
     out, lse = _forward(q, k, v, 0.0, causal, scale=scale)
-    if k.shape[2] < VECTOR and torch.count_nonzero(lse).item() < lse.numel():
+    if k.shape[2] < VECTOR and _holds_zero(lse):
         return _forward(q, k, v, 0.0, causal, attn_mask=_NOTHING_HIDDEN[q.dtype], scale=scale)
     return out, lse
+
+
+def _holds_zero(lse: Tensor) -> bool:
+    """Of (B, H, L). A few numbers are read faster in Python than torch counts them."""
+    if lse.numel() > FEW:
+        return torch.count_nonzero(lse).item() < lse.numel()
+    return any(0.0 in row for heads in lse.tolist() for row in heads)
 
 
 def _again(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Callable[[Any, Any], Any]:

@@ -77,13 +77,27 @@ def attention(
     """
     bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None and not dropout_p
     usual = not return_lse and backend is None and deterministic is None
-    if bare and usual and (mask is None or (type(mask) is Causal and not isinstance(mask.align, int))):
-        short = express.attend(q, k, v, mask is not None, scale)
+    if bare and usual:
+        causal = _causal_alone(mask, q, k)
+        short = None if causal is None else express.attend(q, k, v, causal, scale)
         if short is not None:
             return short
     p = problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministic, coords)
     out, lse = _run(p)
     return (out, lse) if return_lse else out
+
+
+def _causal_alone(mask: MaskLike, q: Tensor, k: Tensor) -> bool | None:
+    """Whether a mask hides what comes later and no more, False where it hides nothing, None where it is any other."""
+    if mask is None or type(mask) is Full:
+        return False
+    if type(mask) is Causal:
+        return None if isinstance(mask.align, int) else True
+    if type(mask) is not LoweredMask or torch.compiler.is_compiling() or not isinstance(q, Tensor) or not isinstance(k, Tensor):
+        return None
+    if q.dim() != 4 or k.dim() != 4 or (mask.n_q, mask.n_k) != (q.shape[2], k.shape[2]):
+        return None
+    return False if mask.is_full else True if mask.is_causal and mask.n_q == mask.n_k else None
 
 
 def _run(p: Problem) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The benchmark's own judgement: what it calls equal, wrong or slower, and what it writes."""
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -10,11 +11,18 @@ import torch
 from fastattn.bench import (
     SUITES,
     accuracy,
+    cells,
+    compare,
     memory,
-    models,
     numerics,
+    page,
+    passes,
+    plot,
     report,
+    revisions,
+    roof,
     suite,
+    sweeps,
     table,
     targets,
     timing,
@@ -29,11 +37,13 @@ linux = pytest.mark.skipif(not memory.measurable("cpu"), reason="peak memory is 
 def small(w, length=40):
     """A workload of the same kind that takes no time."""
     window = None if w.window is None else 7
-    return replace(w, batch=min(w.batch, 2), length=length, head_dim=8, window=window, documents=min(w.documents, 3))
+    few = dict(documents=min(w.documents, 3), prefix=min(w.prefix, 5))
+    return replace(w, batch=min(w.batch, 2), length=length, head_dim=8, window=window, **few)
 
 
 SMALL = tuple(small(w) for w in workloads.MODELS)
-each = pytest.mark.parametrize("w", SMALL, ids=lambda w: w.name)
+KINDS = tuple(small(w) for w in {c.workload for name in ("masks", "bias") for c in sweeps.SWEEPS[name]("cpu")})
+each = pytest.mark.parametrize("w", sorted(SMALL + KINDS, key=lambda w: w.name), ids=lambda w: w.name)
 
 
 def times(*seconds):
@@ -106,34 +116,41 @@ def test_the_same_mask_for_every_peer(w):
     assert torch.equal(visible(b, h, q_idx, k_idx), dense)
 
 
+@pytest.mark.parametrize("direction", passes.PASSES)
 @each
-def test_every_peer_computes_the_workload(w):
+def test_every_peer_computes_the_workload(w, direction):
     x = workloads.inputs(w)
-    exact = accuracy.exact(w, x)
+    exact = accuracy.exact(w, x, direction)
     assert exact[0].dtype == torch.float64
+    computed = 0
     for peer in PEERS:
-        if peer.name == "flex" or peer.unavailable("cpu") or peer.cannot(w, "cpu", True):
+        if peer.compiles or peer.unavailable("cpu") or peer.cannot(w, "cpu", direction):
             continue
-        out, grads = accuracy.results(peer.build(w, x), x)
-        bar = 2e-2 if w.dtype == torch.bfloat16 else 2e-5
-        assert accuracy.distance(out, exact[0]) < bar
-        assert accuracy.worst(grads, exact[1]) < bar
+        found = peer.results(peer.build(w, x), x, direction)
+        assert accuracy.worst(found, exact) < (3e-2 if w.dtype == torch.bfloat16 else 3e-5), peer.name
+        computed += 1
+    assert computed >= 2
 
 
 @each
 def test_exact_head_by_head(w):
     """The oracle in slices is the oracle in one piece."""
-    x = workloads.inputs(w)
-    wide = x.double()
-    out, grads = accuracy.results(PLAIN.build(w, wide), wide)
-    sliced = accuracy.exact(w, x)
-    torch.testing.assert_close(sliced[0], out)
-    for a, b in zip(sliced[1], grads, strict=True):
-        torch.testing.assert_close(a, b)
+    wide = workloads.inputs(w).double()
+    for direction in passes.PASSES:
+        whole = passes.results(PLAIN.build(w, wide), wide, direction)
+        for a, b in zip(accuracy.textbook(w, wide, direction), whole, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_nan_is_infinitely_wrong():
     assert accuracy.distance(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+
+
+QUICK = cells.Limits(compiled=False)
+
+
+def both(w):
+    return [sweeps.Cell(w, direction) for direction in ("forward", "forward+backward")]
 
 
 class Liar(Peer):
@@ -142,7 +159,7 @@ class Liar(Peer):
     name = "liar"
 
     def build(self, w, x):
-        return lambda: x.q + (x.k * x.v).repeat_interleave(w.heads // w.kv_heads, 1)
+        return lambda x: x.q + (x.k * x.v).repeat_interleave(w.heads // w.kv_heads, 1)
 
 
 class Broken(Peer):
@@ -153,8 +170,8 @@ class Broken(Peer):
 
 
 def rows_with(monkeypatch, *peers):
-    monkeypatch.setattr(models, "PEERS", (OURS, *peers))
-    return list(models.run([small(workloads.MODELS[1])], "cpu", 0.0, False))
+    monkeypatch.setattr(cells, "PEERS", (OURS, *peers))
+    return list(cells.run("models", both(SMALL[1]), "cpu", QUICK))
 
 
 def test_a_wrong_peer_is_wrong_not_fast(monkeypatch):
@@ -171,23 +188,23 @@ def test_we_are_judged_alike(monkeypatch):
         name = OURS.name
 
     ours = Ours()
-    monkeypatch.setattr(models, "OURS", ours)
-    monkeypatch.setattr(models, "PEERS", (ours, PLAIN))
-    [row, _] = models.run([small(workloads.MODELS[1])], "cpu", 0.0, False)
+    monkeypatch.setattr(cells, "OURS", ours)
+    monkeypatch.setattr(cells, "PEERS", (ours, PLAIN))
+    [row, _] = cells.run("models", both(SMALL[1]), "cpu", QUICK)
     assert row.reasons["fastattn"].startswith("wrong")
     assert row.times == {}
-    assert "|  - |" in table.models([row])
+    assert "|  - |" in table.cells([row])
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="no workload is named bertt; there are bert-base, gpt2"):
-        models.select(["bertt"], "cpu")
+        suite.run(suite.Options(suites=("models",), only=("bertt",)))
     with pytest.raises(ValueError, match="no suite is named model; there are models"):
         suite.run(suite.Options(suites=("model",)))
 
 
 def test_cuda_lengths():
-    on_cuda = {w.name: w for w in models.select(None, "cuda")}
+    on_cuda = {cell.workload.name: cell.workload for cell in sweeps.models("cuda")}
     assert on_cuda["gpt2"].length == 4 * next(w for w in workloads.MODELS if w.name == "gpt2").length
     assert on_cuda["gpt2"].dtype == torch.bfloat16
 
@@ -269,12 +286,11 @@ def test_report(tmp_path):
 
 
 def test_a_whole_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(workloads, "MODELS", SMALL[:2])
-    monkeypatch.setattr(models, "MODELS", SMALL[:2])
-    monkeypatch.setattr(models, "measure_memory", lambda rows, device: None)
+    monkeypatch.setattr(sweeps, "MODELS", SMALL[:2])
+    monkeypatch.setattr(cells, "measure_memory", lambda rows, device: None)
     monkeypatch.setattr(training, "LENGTH", 16)
     results = suite.run(suite.Options(suites=("models", "training"), quick=True))
-    assert {row.workload for row in results.models} == {w.name for w in SMALL[:2]}
+    assert {row.workload for row in results.cells["models"]} == {w.name for w in SMALL[:2]}
     files = suite.write(results, tmp_path / "out")
     data = json.loads(files[0].read_text())
     assert set(SUITES) <= set(data)
@@ -284,20 +300,20 @@ def test_a_whole_run(monkeypatch, tmp_path):
 
 
 def test_the_first_call_is_told():
-    text = models.first_call(SMALL[0], "cpu")
+    text = cells.first_call(SMALL[0], "cpu")
     assert re.fullmatch(rf"the first forward and backward of {SMALL[0].name} took [\d.]+ s, the second [\d.]+ ms", text)
 
 
 def test_an_interrupted_run_keeps_what_it_has(monkeypatch):
-    real = models.run
+    real = cells.run
 
     def interrupted(*args):
-        yield next(iter(real([SMALL[1]], "cpu", 0.0, False)))
+        yield next(iter(real("models", both(SMALL[1]), "cpu", QUICK)))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "run", interrupted)
+    monkeypatch.setattr(cells, "run", interrupted)
     results = suite.run(suite.Options(suites=("models",), quick=True))
-    assert len(results.models) == 1
+    assert len(results.cells["models"]) == 1
     assert "interrupted" in results.notes[0]
 
 
@@ -319,3 +335,283 @@ def test_hosts_quick(tmp_path):
     assert "DIFFERS" not in section
     suite.write(found, tmp_path)
     assert '"restored": true' in (tmp_path / "results.json").read_text()
+
+
+def test_rates_are_counted_as_everyone_counts_them():
+    w = workloads.Workload("", "", 2, 16, 16, 4096, 128)
+    assert sweeps.flops(w, 1.0, 1.0) == 4 * 2 * 16 * 4096**2 * 128
+    assert sweeps.flops(replace(w, causal=True), 2.5, 0.501) == 2.5 * 2 * 2 * 16 * 4096**2 * 128  # half, by convention
+    assert sweeps.flops(replace(w, causal=True, window=512), 1.0, 0.11) == pytest.approx(0.11 * 4 * 2 * 16 * 4096**2 * 128)
+    assert sweeps.flops(w, passes.PASSES["double backward"], 1.0) is None
+
+
+def test_the_sweep_is_in_flash_attentions_terms():
+    for cell in sweeps.forward("cuda"):
+        w = cell.workload
+        assert (w.batch * w.length, w.heads * w.head_dim, w.dtype) == (16384, 2048, torch.bfloat16)
+    assert {c.workload.length for c in sweeps.forward("cuda")} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert len(sweeps.backward("cuda")) == 36
+
+
+@pytest.mark.parametrize("suite_name", sweeps.SWEEPS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_of_cells_are_unique(suite_name, device):
+    found = [(c.workload.name, c.direction) for c in sweeps.SWEEPS[suite_name](device)]
+    assert len(found) == len(set(found))
+
+
+def test_the_roof():
+    found = roof.Roof({"float32": 1e9}, 1e8)
+    assert found.seconds("float32", 2e9, 1.0) == 2.0
+    assert found.seconds("float32", 1.0, 3e8) == 3.0
+    w = workloads.Workload("", "", 1, 4, 2, 10, 8)
+    assert roof.bytes_moved(w, "forward") == 4 * 10 * 8 * (4 + 2 + 2 + 4)
+
+
+def test_the_roof_is_measured(monkeypatch):
+    monkeypatch.setitem(roof.MATRIX, "cpu", 64)
+    monkeypatch.setitem(roof.MEMORY, "cpu", 1 << 20)
+    found = roof.measure("cpu", {torch.float32, torch.bfloat16})
+    assert set(found.flops) == {"float32", "bfloat16"}
+    assert min(*found.flops.values(), found.bandwidth) > 0
+
+
+def test_what_does_not_fit_the_time_is_named(monkeypatch):
+    monkeypatch.setattr(sweeps, "MODELS", SMALL[:3])
+    monkeypatch.setattr(cells, "measure_memory", lambda rows, device: None)
+    monkeypatch.setattr(suite.roof, "measure", lambda device, dtypes: None)
+    found = suite.run(suite.Options(suites=("models",), minutes=1e-9, compiled=False))
+    assert len(found.cells["models"]) == 1
+    assert found.notes == [
+        f"models: 5 of 6 left out, the time was up: {SMALL[0].name} forward+backward, "
+        + ", ".join(f"{w.name} {d}" for w in SMALL[1:3] for d in ("forward", "forward+backward"))
+    ]
+
+
+def test_minutes_are_shared_out():
+    options = suite.Options(suites=("forward", "backward"), minutes=10)
+    assert options.seconds("forward") == pytest.approx(240)
+    assert options.seconds("backward") == pytest.approx(360)
+
+
+def test_several_calls_in_one_time():
+    calls = []
+    found = timing.interleave({"a": lambda: calls.append(1)}, 0.0, rounds=3, repeat=10)
+    assert len(calls) == 40
+    assert len(found["a"].seconds) == 3
+
+
+SEED = torch.Generator().manual_seed(7)
+
+
+def planted(slower=1.0, machine=1.0, noise=0.01, only=None):
+    """A run of twelve cells: ours, and peers that take 1.5 and 3 times as long."""
+    found = {"environment": {"cpu": "x", "gpu": None, "device": "cpu", "threads": 1}}
+
+    def rounds(seconds):
+        return tuple((seconds * (1 + noise * torch.randn(15, generator=SEED))).tolist())
+
+    rows = []
+    for i in range(12):
+        row = cells.Row("forward", f"w{i}", "", "", "forward", 128, 64, 0.0, 0.0)
+        factor = slower if only is None or i == only else 1.0
+        for name, share in (("fastattn", factor), ("sdpa", 1.5), ("plain", 3.0)):
+            taken = rounds(machine * (i + 1) * 1e-3 * share)
+            row.times[name] = timing.Times(taken, taken)
+        rows.append(row)
+    return json.loads(json.dumps({**found, "forward": [row.json() for row in rows]}))
+
+
+def test_the_same_code_twice_shows_no_change():
+    for _ in range(20):
+        assert {c.verdict for c in compare.compare(planted(), planted(machine=1.4))} == {"same"}
+
+
+def test_a_slower_cell_is_found_between_runs():
+    changes = compare.compare(planted(), planted(1.2, machine=0.8, only=4))
+    assert {c.cell: c.verdict for c in changes if c.verdict != "same"} == {"forward w4 forward": "slower"}
+    assert next(c for c in changes if c.verdict == "slower").factor == pytest.approx(1.2, rel=0.03)
+    faster = compare.compare(planted(1.2), planted())
+    assert {c.verdict for c in faster} == {"faster"}
+    assert "faster" in compare.text(faster)
+    assert "12 of 12 cells show no change" in compare.text(compare.compare(planted(), planted()))
+
+
+def test_noise_hides_a_change_rather_than_making_one():
+    assert {c.verdict for c in compare.compare(planted(noise=0.3), planted(1.05, noise=0.3))} == {"same"}
+
+
+def test_runs_that_cannot_be_compared():
+    other = planted()
+    other["environment"]["cpu"] = "y"
+    with pytest.raises(ValueError, match="cpu is 'x' in the first and 'y' in the second"):
+        compare.compare(planted(), other)
+    empty = {**planted(), "forward": []}
+    with pytest.raises(ValueError, match="have no cells"):
+        compare.compare(planted(), empty)
+    old = planted()
+    del old["forward"][0]["length"]
+    with pytest.raises(ValueError, match="another version of the benchmark: 'length' is missing"):
+        compare.compare(planted(), old)
+
+
+def test_turns_are_joined():
+    whole = revisions.merged([planted(), planted(), planted()])
+    assert len(whole["forward"]) == 12
+    assert {len(p["rounds"]) for p in whole["forward"][0]["peers"].values()} == {45}
+    runs = [planted(), planted()]
+    runs[1]["forward"][0]["peers"]["plain"]["rounds"] = [1.0]  # it was too slow for more
+    assert set(revisions.merged(runs)["forward"][0]["peers"]) == {"fastattn", "sdpa"}
+
+
+def test_another_revision_runs_this_benchmark(monkeypatch, tmp_path):
+    """In a repository of its own: the library is the other revision's, the benchmark is the one at hand."""
+    import subprocess
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    (tmp_path / "library.py").write_text("old")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "suite.py").write_text("old")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    (tmp_path / "library.py").write_text("new")
+    (tmp_path / "bench" / "suite.py").write_text("new")
+    monkeypatch.setattr(revisions, "HERE", tmp_path / "bench")
+    seen = []
+
+    def run(tree, told):
+        seen.append(((tree / "library.py").read_text(), (tree / "bench" / "suite.py").read_text(), told["minutes"]))
+        return planted(1.5 if tree == tmp_path else 1.0)
+
+    monkeypatch.setattr(revisions, "_run", run)
+    before, after = revisions.against("HEAD", suite.Options(suites=("forward",), minutes=6))
+    assert sorted(seen) == [("new", "new", 1.0)] * 3 + [("old", "new", 1.0)] * 3
+    assert [what[0] for what in seen] == ["old", "new", "new", "old", "old", "new"]
+    assert {c.verdict for c in compare.compare(before, after)} == {"slower"}
+    assert subprocess.check_output(["git", "worktree", "list"], cwd=tmp_path, text=True).count("\n") == 1
+    with pytest.raises(ValueError, match=r"git worktree add: .*nowhere"):
+        revisions.against("nowhere", suite.Options(suites=("forward",)))
+    with pytest.raises(ValueError, match=r"only models, .* can be compared with another revision, not training"):
+        revisions.against("HEAD", suite.Options(suites=("training",)))
+
+
+def test_a_run_in_a_process_of_its_own():
+    told = vars(suite.Options(suites=("overhead",), only=("tiny",), quick=True))
+    found = revisions._run(revisions.HERE.parent, told)
+    assert [row["workload"] for row in found["overhead"]] == ["tiny", "tiny"]
+    assert cells.Row.read(found["overhead"][0]).ratio("sdpa") is not None
+
+
+def test_the_page_needs_nothing_beside_it():
+    pytest.importorskip("matplotlib")
+    data = planted()
+    data["environment"] |= {"fastattn": "0", "date": "d", "command": "c <&>"}
+    data["notes"] = ["a note"]
+    for i, row in enumerate(data["forward"]):
+        row |= {"model": "causal", "length": 2 ** (7 + i % 3), "head_dim": 64 * (1 + i // 6), "flops": 1e9, "roof": 1e-4}
+        row |= {"error": 1e-7, "plain_error": 1e-7}
+    section = "| a | b |\n| - | -: |\n|  | <1 |\n\nwords\n\n- one\n- two"
+    text = page.html(data, page.read_sections(f"## forward\n\n{section}\n"))
+    assert text.count("<svg") == len(plot.figures(page.rows(data))) == 3
+    assert "<tr><td></td><td>&lt;1</td></tr>" in text
+    assert "<li>one</li><li>two</li>" in text
+    assert "<code>c &lt;&amp;&gt;</code>" in text
+    assert not re.search(r'(src|href)="(?!#)', text.replace("xlink:href", ""))
+
+
+CUDA_PEERS = [p for p in PEERS if (p.cuda and p.package is not None and not p.compiles) or p.name == "flash-attn 4"]
+
+
+def by_torch(q, k, v, scale, causal=False, window=None, softcap=0.0, slopes=None, sink=None, bias=None):
+    """(B, L, H, D) attention in float32, as the fakes below compute it."""
+    q, k, v = (t.transpose(1, 2).float() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    s = q @ k.mT * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if slopes is not None:
+        s = s - slopes[:, None, None] * distance.abs()
+    if bias is not None:
+        s = s + bias.float()
+    if causal:
+        s = s.masked_fill(distance < 0, -torch.inf)
+    if window is not None:
+        s = s.masked_fill(distance >= window, -torch.inf)
+    if sink is not None:
+        s = torch.cat([s, sink.float()[:, None, None].expand(*s.shape[:1], -1, *s.shape[2:3], 1)], -1)
+    return (s.softmax(-1)[..., : v.shape[2]] @ v).transpose(1, 2)
+
+
+def documents(q, k, v, cu_seqlens, attend):
+    cuts = cu_seqlens.tolist()
+    return torch.cat([attend(*(t[:, a:b] for t in (q, k, v))) for a, b in itertools.pairwise(cuts)], 1)
+
+
+def stand_ins():
+    """Modules of the peers' names that have their signatures and compute with torch, in the inputs' dtype."""
+    from types import SimpleNamespace
+
+    def flash(q, k, v, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, learnable_sink=None):
+        window = None if window_size == (-1, -1) else window_size[0] + 1
+        return by_torch(q, k, v, softmax_scale, causal, window, softcap, alibi_slopes, learnable_sink).to(q.dtype)
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, **rest):
+        assert max_seqlen_q == cu_seqlens_q.diff().max()
+        x = (t[None] for t in (q, k, v))
+        return documents(*x, cu_seqlens_q, lambda *x: flash(*x, softmax_scale, causal, **rest))[0]
+
+    def fla(q, k, v, scale, window_size=None, cu_seqlens=None):
+        def one(*x):
+            return by_torch(*x, scale, True, window_size).to(q.dtype)
+
+        return one(q, k, v) if cu_seqlens is None else documents(q, k, v, cu_seqlens, one)
+
+    def fast(q, k, v, is_causal):
+        return by_torch(*(t.transpose(1, 2) for t in (q, k, v)), q.shape[-1] ** -0.5, is_causal).transpose(1, 2).to(q.dtype)
+
+    def efficient(q, k, v, attn_bias, scale):
+        if isinstance(attn_bias, tuple):
+            kind, cu = attn_bias
+            return documents(q, k, v, cu, lambda *x: by_torch(*x, scale, kind == "causal").to(q.dtype))
+        if attn_bias == "lower":
+            return by_torch(q, k, v, scale, True).to(q.dtype)
+        return by_torch(q, k, v, scale, bias=attn_bias).to(q.dtype)
+
+    def blocks(kind):
+        return SimpleNamespace(from_seqlens=lambda ns: (kind, torch.tensor([0, *ns]).cumsum(0)))
+
+    both = SimpleNamespace(flash_attn_func=flash, flash_attn_varlen_func=varlen)
+    with_lse = SimpleNamespace(
+        flash_attn_func=lambda *a, **b: (flash(*a, **b), None), flash_attn_varlen_func=lambda *a, **b: (varlen(*a, **b), None)
+    )
+    biases = SimpleNamespace(
+        BlockDiagonalCausalMask=blocks("causal"), BlockDiagonalMask=blocks("full"), LowerTriangularMask=lambda: "lower"
+    )
+    jvp = SimpleNamespace(JVPAttn=SimpleNamespace(fwd_dual=lambda q, k, v, causal: fast(q, k, v, causal)))
+    return {
+        "flash_attn": both, "fa3_fwd_interface": both, "flash_attn.cute": with_lse,
+        "fla.ops.attn": SimpleNamespace(parallel_attn=fla),
+        "fastflash_attention": SimpleNamespace(fast_attention=fast), "jvp_flash_attention.jvp_attention": jvp,
+        "xformers.ops": SimpleNamespace(memory_efficient_attention=efficient), "xformers.ops.fmha.attn_bias": biases,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("peer", CUDA_PEERS, ids=lambda p: p.name)
+def test_peers_that_need_cuda_are_called_as_they_want_it(monkeypatch, peer):
+    """Layouts, scale, windows and packing reach a stand-in of each peer's signature as they should."""
+    monkeypatch.setattr("importlib.import_module", stand_ins().__getitem__)
+    called = 0
+    for w in sorted(set(SMALL + KINDS), key=lambda w: w.name):
+        w = replace(w, dtype=torch.bfloat16, head_dim=16)
+        x = workloads.inputs(w)
+        for direction in ("forward", "forward+backward", "forward mode"):
+            if peer.cannot(w, "cpu", direction):
+                continue
+            found = peer.results(peer.build(w, x), x, direction)
+            assert accuracy.worst(found, accuracy.exact(w, x, direction)) < 3e-2, (w.name, direction)
+            called += 1
+    assert called >= 2

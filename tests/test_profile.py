@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastattn import cli
-from fastattn.bench import models, profile, workloads
+from fastattn.bench import profile, workloads
 
 GPT2, WINDOW = (replace(w, length=40, head_dim=8) for w in workloads.MODELS if w.name in ("gpt2", "long-window"))
 
@@ -90,6 +90,15 @@ def test_the_tree():
     assert lines[-1].endswith("0.2 us  4 launches")
 
 
+def test_which_workloads():
+    assert [w.name for w in profile.chosen(["models", "overhead"], ["gpt2", "tiny"], "cpu")] == ["gpt2", "tiny"]
+    assert len({w.name for w in profile.chosen(["forward", "backward"], [], "cuda")}) == 36
+    with pytest.raises(ValueError, match=r"--profile takes the suites models, .*; got training"):
+        profile.chosen(["training"], [], "cpu")
+    with pytest.raises(ValueError, match="no workload is named gpt3; there are bert-base, gpt2"):
+        profile.chosen(["models"], ["gpt3"], "cpu")
+
+
 def test_without_a_gpu_the_error_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["bench", "--profile", "--only", "gpt2", "--out", str(tmp_path / "out")]) == 2
@@ -112,7 +121,7 @@ def test_the_command_prints_the_tree(monkeypatch, capsys, tmp_path):
     pass_node = node("forward", children=[node("forward", 1500)])
     proton = Proton([node("gpt2", children=[pass_node])])
     monkeypatch.setattr(profile, "require", lambda device: proton)
-    monkeypatch.setattr(models, "select", lambda names, device: [GPT2])
+    monkeypatch.setattr(profile, "chosen", lambda suites, names, device: [GPT2])
     assert cli.main(["bench", "--profile", "--device", "cpu", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "1.5 us" in out

@@ -70,6 +70,14 @@ class LoweredMask:
             return False
         return covers_all(self.spans[0], self.n_k)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is known without reading a tensor that row i sees the keys up to i and no others."""
+        if self.predicates or self.spans is None or len(self.spans) != 1:
+            return False
+        (begin, before), (end, after) = self.spans[0]
+        return (begin, end) == (0, 1) and isinstance(before, int) and isinstance(after, int) and before <= 0 and after == 1
+
     def tensors(self) -> list[Tensor]:
         """Every tensor inside."""
         found = list(self.rows or ())
