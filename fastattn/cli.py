@@ -1,4 +1,4 @@
-"""The command line: info, explain, bench, compare, report, compile and tune.
+"""The command line: info, explain, bench, compare, report, compile, tune and gpu-check.
 
 python -m fastattn info
 python -m fastattn explain --q 1,32,1024,128 --k 1,8,1024,128 --dtype bfloat16 --mask "Causal()"
@@ -7,6 +7,7 @@ python -m fastattn compare before/results.json after/results.json
 python -m fastattn report bench-out --html page.html
 python -m fastattn compile --arch sm_90
 python -m fastattn tune --minutes 9
+python -m fastattn gpu-check --minutes 9 --out gpu-check
 """
 
 from __future__ import annotations
@@ -230,6 +231,17 @@ def tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def gpu_check(options: argparse.Namespace) -> int:
+    """Judge this GPU's results in one command."""
+    from .devtools import gpu_check as checking
+
+    if not options.dry_run:
+        return checking.check(options.minutes, options.out)
+    here = checking.machine()
+    print(checking.describe(here, checking.plan(here, options.minutes, options.out, Path("scratch")), options.minutes))
+    return 0
+
+
 def written(text: str, kind: type, module: Any, argument: str) -> Any:
     """A mask or score from the text of its construction, such as "Causal() & SlidingWindow(255, 0)".
 
@@ -379,4 +391,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--minutes", type=_minutes, default=9.0, help="no entry begins later (default 9)")
     one.add_argument("--out", type=Path, help="folder of the table (default: where the package reads it)")
     one.set_defaults(run=tune)
+
+    one = commands.add_parser("gpu-check", help="tests, sanitizer, benchmark and tuning on this GPU, and a verdict per claim")
+    one.add_argument("--minutes", type=_minutes, default=9.0, help="about how long it may take (default 9)")
+    one.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of its files, at most eight")
+    one.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs no GPU")
+    one.set_defaults(run=gpu_check)
     return parser
