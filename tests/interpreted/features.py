@@ -374,14 +374,15 @@ def test_stripes_is_the_mask_it_claims_to_be():
 
 
 def test_tuning_finds_writes_and_changes_nothing_else(tmp_path, capsys):
-    before = json.dumps(launch.tables())
+    before, arch = json.dumps(launch.tables()), triton_call.architecture(torch.device(DEVICE))
+    table = launch.table_of(arch)
     try:
         arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "0.3"]
         assert cli.main(["tune", *arguments, "--out", str(tmp_path)]) == 0
         assert "dq" in capsys.readouterr().out
-        written = json.loads((tmp_path / "interpreter.json").read_text())
-        assert written == launch.tables()["interpreter"]
-        old, new = json.loads(before)["interpreter"], dict(written)
+        written = json.loads((tmp_path / f"{arch}.json").read_text())
+        assert written == launch.tables()[arch]
+        old, new = json.loads(before)[table], dict(written)
         tuned = new.pop("dq")["32"].pop("16")
         assert len(tuned) == 4
         assert {name: new[name] for name in old if name != "dq"} == {name: old[name] for name in old if name != "dq"}
