@@ -1,4 +1,4 @@
-"""The command line: info, explain, bench, compare, report, compile and tune.
+"""The command line: info, explain, bench, compare, report, compile, tune and gpu-check.
 
 python -m fastattn info
 python -m fastattn explain --q 1,32,1024,128 --k 1,8,1024,128 --dtype bfloat16 --mask "Causal()"
@@ -7,6 +7,7 @@ python -m fastattn compare before/results.json after/results.json
 python -m fastattn report bench-out --html page.html
 python -m fastattn compile --arch sm_90
 python -m fastattn tune --minutes 9
+python -m fastattn gpu-check --minutes 9 --out gpu-check
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def bench(options: argparse.Namespace) -> int:
     from .bench.sweeps import SWEEPS
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.profile:
+        return _profile(options, device)
     suites = tuple(dict.fromkeys(options.suites)) or (("models",) if options.base else suite.DEFAULT)
     if "all" in suites:
         suites = tuple(name for name in SUITES if name in SWEEPS or not options.base)
@@ -113,6 +116,16 @@ def bench(options: argparse.Namespace) -> int:
     print(f"\nwritten: {', '.join(map(str, written_files))}")
     if options.into is not None:
         _insert(results.sections(), results.environment, options.into)
+    return 0
+
+
+def _profile(options: argparse.Namespace, device: str) -> int:
+    from .bench import profile
+
+    proton = profile.require(device)
+    files = profile.run(profile.chosen(options.suites or ["models"], options.only, device), device, options.out, proton)
+    print(files[-1].read_text(), end="")
+    print(f"\nwritten: {', '.join(map(str, files))}")
     return 0
 
 
@@ -215,6 +228,17 @@ def tune(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("stopped; what was found is kept")
     print(f"written: {tuning.write(folder, arch)}")
+    return 0
+
+
+def gpu_check(options: argparse.Namespace) -> int:
+    """Judge this GPU's results in one command."""
+    from .devtools import gpu_check as checking
+
+    if not options.dry_run:
+        return checking.check(options.minutes, options.out)
+    here = checking.machine()
+    print(checking.describe(here, checking.plan(here, options.minutes, options.out, Path("scratch")), options.minutes))
     return 0
 
 
@@ -326,6 +350,8 @@ def _parser() -> argparse.ArgumentParser:
                      "first, and what is left out is named (default: everything)")  # fmt: skip
     one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
     one.add_argument("--list", action="store_true", help="list the workloads and stop")
+    one.add_argument("--profile", action="store_true", help="instead of suites: time per kernel of the workloads on a GPU, by "
+                     "Triton's profiler")  # fmt: skip
     one.add_argument("--no-compile", action="store_true", help="leave out peers that compile first (FlexAttention)")
     one.add_argument("--threads", type=_count, default=1, help="torch's CPU threads (default 1)")
     one.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -365,4 +391,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--minutes", type=_minutes, default=9.0, help="no entry begins later (default 9)")
     one.add_argument("--out", type=Path, help="folder of the table (default: where the package reads it)")
     one.set_defaults(run=tune)
+
+    one = commands.add_parser("gpu-check", help="tests, sanitizer, benchmark and tuning on this GPU, and a verdict per claim")
+    one.add_argument("--minutes", type=_minutes, default=9.0, help="about how long it may take (default 9)")
+    one.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of its files, at most eight")
+    one.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs no GPU")
+    one.set_defaults(run=gpu_check)
     return parser

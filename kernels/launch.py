@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = Path(__file__).parent / "tuning"
-KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv", "jvp2")
+KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv", "jvp grads", "jvp2")
+LIKE = {"jvp grads": "jvp dkdv"}  # where a table has no entry of its own
 SHORT = 16  # rows up to which a query tile is as small as a product permits: decoding
 
 
@@ -74,8 +75,9 @@ def launch(kernel: str, head_dim: int, v_dim: int, itemsize: int, arch: str, loa
         ValueError: the kernel does not fit the architecture at this size.
     """
     table, bits, dim = tables()[table_of(arch)], str(8 * itemsize), str(max(padded(head_dim), padded(v_dim)))
-    names = {"": [], "chain": ["chain"], "heavy": ["heavy", "chain"]}[load]
-    for name in (*(f"{kernel}, {name}" for name in names), kernel):
+    loads = {"": [], "chain": [", chain"], "heavy": [", heavy", ", chain"]}[load]
+    own = [kernel, LIKE[kernel]] if kernel in LIKE else [kernel]
+    for name in (each + suffix for each in own for suffix in (*loads, "")):
         if dim in table.get(name, {}).get(bits, {}):
             found = Launch(*table[name][bits][dim])
             break

@@ -82,6 +82,14 @@ def test_what_is_allowed(old, new):
     assert sass.hazards(doctored(old, new)) == []
 
 
+def test_kinds_that_come_in_turns_are_named_once():
+    named = {"m": "HMMA.16816.F32", "l": "LDGSTS.E", "e": "MUFU.EX2", "b": "BAR.SYNC"}
+    order = lambda text: sass.order([sass.Instruction(0, "", named[c], ("R0", "R1")) for c in text])
+    assert order("bmmmlmmlmlbe") == "barrier, 6 mma among 3 async load, barrier, exp2"
+    assert order("mlmlm") == "mma, async load, mma, async load, mma"
+    assert order("mmeeebme") == "2 mma, 3 exp2, barrier, mma, exp2"
+
+
 def test_hazards_over_the_back_edge_and_behind_a_branch():
     """The group that a turn leaves in flight meets the next turn's instructions; so does one taken branch of two."""
     late = doctored(WAIT, WAIT.replace("0x0", "0x1"))
@@ -120,7 +128,14 @@ def test_the_bound_of_a_known_loop():
     slow = bound.of_loop([product] * 8 + [exp2] * 66 + [other] * 1000, 8, "sm_90")
     assert slow.clocks == slow.issue == 2148
     assert "bound by issue slots, 48%" in str(slow)
-    assert bound.of_loop([product], 8, "sm_120") is None
+    assert bound.of_loop([product], 8, "sm_100") is None
+
+
+def test_the_bound_on_cards_without_asynchronous_products():
+    """8 warps with 16 products of 16 x 8 x 16 each, on a unit that takes 1024 flops a clock."""
+    product = sass.Instruction(0, "", "HMMA.16816.F32.BF16", ("R8", "R4", "R2", "R8"))
+    assert bound.of_loop([product] * 16, 8, "sm_89") == (512, 0, 32)
+    assert bound.of_loop([product] * 16, 8, "sm_80").clocks == 256
 
 
 def test_products_of_every_shape_are_counted():
@@ -160,7 +175,8 @@ def test_default_kernels_touch_no_register_of_a_product_in_flight(kernel, head_d
     assert sum(one.name.startswith("HGMMA") for one in code) == found.report.products > 0
     assert found.hazards == []
     for loop in found.loops:
-        assert {"wgmma", "wait for wgmma (but 0)", "exp2"} <= {re.sub(r"^\d+ ", "", x) for x in loop.order.split(", ")}
+        named = {re.sub(r"^\d+ ", "", x) for x in re.split(", | among ", loop.order)}
+        assert {"wgmma", "wait for wgmma (but 0)", "exp2"} <= named
         assert loop.overlapped[1] > 0
         assert 0 < loop.bound.peak <= 1
     assert len(found.loops) >= 2  # tiles without and with a mask
@@ -198,6 +214,10 @@ def test_pages(monkeypatch, capsys):
     monkeypatch.setattr(survey, "survey", lambda units, jobs: iter(found[: 1 if units[0].everything else 4]))
     assert cli.main(["compile", "--all", "--arch", "sm_90", "--pages"]) == 0
     text = capsys.readouterr().out
+    cells = (line.split() for line in text.splitlines() if line.startswith("| sm_90"))
+    assert "| sm_90 | 64 | bfloat16 | causal | 8 | 3 | 255 | 16 | 0 | 100 of 227 | 24 | 803 | 64% | registers 250 -> 255 |" in [
+        " ".join(x) for x in cells
+    ]
     for part in ("# forward", "registers 250 -> 255", "no register of a product in flight is touched", "1.2 s",
                  "0 of 68 exponentials while a product is in flight", "at least 803 clocks", "64% of the matrix peak",
                  "a bound from counts of instructions, not a measurement", "waits 1.2 s for the compiler"):  # fmt: skip
@@ -208,6 +228,20 @@ def test_pages(monkeypatch, capsys):
     assert "backward_dq: RuntimeError: no" in text
     assert text.count("TOO MUCH SHARED MEMORY") == 1
     assert "# forward" not in text
+    assert cli.main(["compile", "--arch", "sm_90", "--pages"]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"\| sm_90 \| 64 \| bfloat16 \| dropout \|.*does not compile \|", text)
+    assert "sm_90   d 64  bfloat16 dropout             backward_dq: RuntimeError: no" in text.split("# backward_dq")[1]
+
+
+def test_a_page_says_why_there_is_no_bound():
+    unit = survey.Unit("sm_100", 64, torch.bfloat16, False)
+    loop = Loop(8, "mma", (0, 0), None)
+    found = Inspection(Report("forward", 8, 3, 255, 16, 0, 100 * 1024, 24), 1.0, [], [loop])
+    (page,) = survey.pages([survey.Row(unit, "causal", found)])
+    assert "no bound: its listing does not hold the shapes of its products" in page
+    (page,) = survey.pages([survey.Row(unit._replace(arch="sm_90"), "causal", found)])
+    assert "no bound: its warps run loops of their own" in page
 
 
 def test_units_are_compiled_side_by_side_in_order():

@@ -12,11 +12,10 @@ import torch
 
 import fastattn as fa
 from fastattn import dispatch, functional
-from fastattn.backends import triton, triton_call
+from fastattn.backends import triton_call
 from fastattn.backends.triton_call import PAD
-from fastattn.devtools import offline
+from fastattn.devtools import offline, tune
 from fastattn.kernels import launch, shim
-from fastattn.problem import Tangents, ThreeTangents
 from fastattn.scores.base import apart
 
 HERE = Path(__file__).parent
@@ -167,6 +166,21 @@ def test_an_architecture_takes_the_nearest_older_table():
         launch.table_of("sm_70")
 
 
+def test_a_kernel_without_an_entry_takes_that_of_its_like(monkeypatch):
+    tables = {"sm_90": {"jvp dkdv": {"16": {"64": [32, 64, 8, 1]}}, "jvp dkdv, heavy": {"16": {"64": [16, 64, 8, 1]}}}}
+    monkeypatch.setattr(launch, "tables", lambda: tables)
+    launch.launch.cache_clear()
+    try:
+        assert launch.launch("jvp grads", 64, 64, 2, "sm_90") == (32, 64, 8, 1)
+        assert launch.launch("jvp grads", 64, 64, 2, "sm_90", "heavy") == (16, 64, 8, 1)
+        tables["sm_90"]["jvp grads"] = {"16": {"64": [64, 64, 8, 1]}}
+        launch.launch.cache_clear()
+        assert launch.launch("jvp grads", 64, 64, 2, "sm_90", "heavy") == (64, 64, 8, 1)
+        assert launch.launch("jvp dkdv", 64, 64, 2, "sm_90") == (32, 64, 8, 1)
+    finally:
+        launch.launch.cache_clear()
+
+
 def test_what_does_not_fit_has_no_launch():
     with pytest.raises(ValueError, match="the forward kernel does not fit sm_90 at a head_dim of 513 in 16 bits"):
         launch.launch("forward", 513, 8, 2, "sm_90")
@@ -178,6 +192,45 @@ def test_explain_names_the_tile_and_that_nobody_measured_it(monkeypatch):
     plan = dispatch.plan(call(score=fa.Softcap(2.0)))
     assert (plan.backend, plan.reasons) == ("triton", ())
     assert "tiles of 16 x 32, 4 warps, 2 stages (unmeasured on sm_89, with the tiles of sm_86)" in plan.kernel
+
+
+# Tuning
+
+
+@pytest.fixture
+def sm_90(monkeypatch):
+    """This machine with the tables of sm_90, which may be changed."""
+    monkeypatch.setattr(triton_call, "architecture", lambda device: "sm_90")
+    yield "sm_90"
+    launch.tables.cache_clear()
+    launch.launch.cache_clear()
+
+
+def test_every_kernel_of_the_tables_is_tuned():
+    assert set(tune.KERNEL) == set(launch.KERNELS)
+    assert {entry.kernel for entry in tune.entries([64], [torch.bfloat16])} == set(launch.KERNELS)
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", launch.KERNELS)
+def test_tuning_launches_the_entrys_kernel_with_the_entrys_configuration(kernel, sm_90):
+    """And that kernel alone: others of the same run keep theirs."""
+    entry = tune.Entry(kernel, "", 16, 64)
+    p, launched = tune._problem(entry, 40, "cpu"), []
+    record = lambda kernel, programs, how, *args, **constants: launched.append((kernel.__name__, how))
+    planted = launch.Launch(16, 128, 2, 5)
+    with tune._table(sm_90, entry, planted):
+        tune._run(entry, p, record)
+    assert [name for name, how in launched if how == planted] == [tune.KERNEL[kernel]]
+    assert triton_call.config(p, kernel) != planted
+
+
+@needs_triton
+def test_tuning_says_what_it_leaves_out(sm_90):
+    """Forward mode over forward mode in float32 at a head_dim of 256 takes torch operations: nothing to tune."""
+    (left,) = tune.tune([256], [torch.float32], minutes=1, n=32, device="cpu", only=("jvp2",))
+    assert "jvp2" in str(left)
+    assert "left out: the jvp2 kernel does not fit sm_90 at a head_dim of 256 in 32 bits" in str(left)
 
 
 # The real compiler, which needs no GPU
@@ -214,23 +267,12 @@ def test_everything_else_compiles(tmp_path, monkeypatch):
     mask = fa.Dense(torch.ones(64, 64, dtype=torch.bool)) & device_cases.MASKS["custom"](1, 4, 64, 64)
     p = offline.example(40, torch.float32, chain=True, mask=mask, dropout=0.1, n=64, params=True)
     p = dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
-    for recorded in (*offline.recorded(p, "sm_80", 2), *second_order(p, "sm_80")):
+    found = offline.recorded(p, "sm_80", 2)
+    for recorded in found:
         offline.compiled(recorded, "sm_80")
-
-
-def second_order(p, arch):
-    """The launches of the tangent of the parameters' gradients, and of forward mode over forward mode."""
-    found = []
-    record = lambda kernel, programs, how, *args: found.append(offline.Recorded(kernel, args, how.num_warps, how.num_stages))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_call, "run", record)
-        patch.setattr(triton_call, "architecture", lambda device: arch)
-        out, lse, low = triton.forward(p, True)
-        t = Tangents(p.q, p.k, p.v, p.params, p.sinks)
-        del found[:]
-        triton.backward_jvp(p, t, out, None, out, None, out, lse, low, out, lse)
-        triton.forward_jvp2(p, ThreeTangents(t, t, t), out, lse, low, lse, lse)
-    return found
+    names = [recorded.kernel.__name__ for recorded in found]
+    assert {"forward_jvp", "backward_dq_jvp", "backward_dkdv_jvp", "forward_jvp2"} <= set(names)
+    assert names.count("score_grads") == 2  # the gradient and its tangent
 
 
 @needs_compiler
@@ -252,7 +294,7 @@ def test_ones_compile(tmp_path, monkeypatch):
     mask = fa.Dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
     p = functional.problem(q, q, q, mask, scores, torch.zeros(1), None, 1e-9, "tiled", None, coords)
     p = dataclasses.replace(p, dropout_p=1.5 / 2**32)  # a threshold of 1
-    for recorded in (*offline.recorded(p, "sm_80", 2), *second_order(p, "sm_80")):
+    for recorded in offline.recorded(dataclasses.replace(p, param_grads=True), "sm_80", 2):
         offline.compiled(recorded, "sm_80")
 
 

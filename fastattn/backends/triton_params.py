@@ -55,7 +55,7 @@ def param_grads(
     p: Problem, call: Call, do: Tensor, lse2: Tensor, delta: Tensor, moved: Moved | None = None, pushed: tuple[bool, ...] = (),
 ) -> list[Tensor]:  # fmt: skip
     """The gradient of every Additive's parameter, or its tangent along `moved`."""
-    how = config(p, "grads" if moved is None else "jvp dkdv")
+    how = config(p, "grads" if moved is None else "jvp grads")
     found = []
     for i, score in enumerate(p.scores):
         if not score.params:

@@ -18,12 +18,21 @@ WARP = 32
 class Rates(NamedTuple):
     """What a multiprocessor does in a clock."""
 
-    flops: int  # of 16-bit matrix products with sums in float32, dense
+    flops: int  # of 16-bit matrix products, dense; where makes of an architecture differ, of the fastest
     special: int  # exponentials and their like
     issues: int  # warp instructions
 
 
-RATES = {"sm_80": Rates(2048, 16, 4), "sm_90": Rates(4096, 16, 4)}  # 312 TFLOP/s at 1.41 GHz and 108; 989 at 1.83 and 132
+# From published peaks: TFLOP/s / (GHz of the boost clock x multiprocessors). GeForce cards of sm_86, 89 and 120 reach half of
+# theirs where sums are float32, as they are here: for them the bound is looser than it could be.
+RATES = {
+    "sm_80": Rates(2048, 16, 4),  # A100: 312 at 1.41 and 108
+    "sm_86": Rates(1024, 16, 4),  # A40: 150 at 1.74 and 84
+    "sm_89": Rates(1024, 16, 4),  # L40S: 362 at 2.52 and 142
+    "sm_90": Rates(4096, 16, 4),  # H100 SXM: 989 at 1.83 and 132
+    "sm_120": Rates(1024, 16, 4),  # RTX 5090: 419 with sums in 16 bits, at 2.41 and 170
+}
+NONE = {"sm_100": "its listing does not hold the shapes of its products"}
 
 
 class Bound(NamedTuple):

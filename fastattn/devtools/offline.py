@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from .. import functional, masks, scores
 from ..backends import triton as backend
 from ..backends import triton_call
 from ..kernels import shim
-from ..problem import Problem, Tangents
+from ..problem import Problem, Tangents, ThreeTangents
 from . import bound, sass
 from .bound import Bound
 
@@ -85,7 +86,10 @@ class Inspection(NamedTuple):
 
 
 def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
-    """The launches of p's forward, with order 1 also of its backward and with order 2 of its tangents, on an architecture."""
+    """The launches of p's forward, with order 1 also of its backward and with order 2 of every tangent, on an architecture.
+
+    Parameters and sinks have tangents where p wants the parameters' gradients.
+    """
     found: list[Recorded] = []
 
     def record(kernel: Any, programs: int, how: Any, *args: Any) -> None:
@@ -96,11 +100,17 @@ def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
         if order > 0:
             backend.backward(p, out, None, out, lse, out_lo)
         if order > 1:
-            t = Tangents(p.q, p.k, p.v, [None] * len(p.params), None)
+            t = directions(p)
             backend.forward_jvp(p, t, out, lse, out_lo)
-            plain = dataclasses.replace(p, param_grads=False)
-            backend.backward_jvp(plain, t, out, None, None, None, out, lse, out_lo, out, lse)
+            backend.backward_jvp(p, t, out, None, out if p.param_grads else None, None, out, lse, out_lo, out, lse)
+            backend.forward_jvp2(p, ThreeTangents(t, t, t), out, lse, out_lo, lse, lse)
     return found
+
+
+def directions(p: Problem) -> Tangents:
+    """p's own inputs as a direction; its parameters and sinks among them where p wants the parameters' gradients."""
+    params: list[Tensor | None] = [x if p.param_grads else None for x in p.params]
+    return Tangents(p.q, p.k, p.v, params, p.sinks if p.param_grads else None)
 
 
 def require_compiler() -> None:

@@ -23,6 +23,7 @@ SHOWN = (  # what the order of a loop names, by the instruction's beginning
     ("UTMALDG", "TMA load"), ("LDGDEPBAR", ""), ("LDG", "load"), ("LDL", "LOCAL"), ("STL", "LOCAL"), ("BAR.SYNC", "barrier"),
     ("WARPGROUP.DEPBAR", "wait for wgmma"), ("DEPBAR", "wait for loads"), ("SYNCS.PHASECHK", "wait for mbarrier"),
 )  # fmt: skip
+MIXED = 6  # as often in turn, two kinds of instructions are named once
 MOST = 8  # groups that are followed: no kernel has more in flight
 
 
@@ -227,10 +228,24 @@ def loop_spills(code: list[Instruction]) -> int:
 
 
 def order(body: list[Instruction]) -> str:
-    """A loop's products, exponentials, loads and waits in one line."""
+    """A loop's products, exponentials, loads and waits in one line; "8 mma among 4 async load" come in turns."""
     named = [name for one in body if (name := _shown(one))]
     runs = [(name, len(list(run))) for name, run in groupby(named)]
-    return ", ".join(name if n == 1 else f"{n} {name}" for name, n in runs)
+    parts = []
+    while runs:
+        names = [name for name, _ in runs[:2]]
+        turns = next((i for i, (name, _) in enumerate(runs) if name not in names), len(runs))
+        if turns < MIXED:
+            parts.append(_counted(*runs.pop(0)))
+            continue
+        first, second = (_counted(name, sum(n for other, n in runs[:turns] if other == name)) for name in names)
+        parts.append(f"{first} among {second}")
+        del runs[:turns]
+    return ", ".join(parts)
+
+
+def _counted(name: str, n: int) -> str:
+    return name if n == 1 else f"{n} {name}"
 
 
 def _shown(one: Instruction) -> str:

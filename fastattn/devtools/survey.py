@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import baseline, offline
+from . import baseline, bound, offline
 from .offline import Inspection
 
 
@@ -108,21 +108,56 @@ def changes(found: Inspection, entry: dict[str, Any]) -> str:
 
 
 def pages(found: Iterable[Row]) -> Iterator[str]:
-    """A page per kernel: what it came to everywhere, against the baseline, and its loops."""
+    """A page per kernel: a table of what it came to everywhere, its loops, and what the compiler said."""
     by_kernel: dict[str, list[Row]] = {}
     for row in found:
         by_kernel.setdefault(row.kernel, []).append(row)
     for kernel, own in by_kernel.items():
-        yield "\n".join([f"# {kernel}", "", *(line for row in own for line in _entry(row))])
+        lines = [f"# {kernel}", "", *_table(own), ""]
+        yield "\n".join([*lines, *(line for row in own for line in _loops(row))])
 
 
-def _entry(row: Row) -> Iterator[str]:
-    yield str(row)
-    if row.found is not None:
-        same = "not in the baseline" if row.changes is None else row.changes or "as in the baseline"
-        checked = any("wgmma" in loop.order for loop in row.found.loops) and not row.found.hazards
-        yield f"    {same}" + ("; no register of a product in flight is touched" if checked else "")
-        yield from (f"  {loop}" for loop in row.found.loops)
+HEAD = (
+    "", "d", "dtype", "call", "warps", "stages", "registers", "local B", "in loops", "shared K", "products", "clocks",
+    "of peak", "baseline",
+)  # fmt: skip
+
+
+def _table(own: list[Row]) -> Iterator[str]:
+    """Resources by architecture and call, the bound of the loop that takes longest, and what differs from the baseline."""
+    cells = [HEAD, *map(_cells, own)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]
+    for i, row in enumerate(cells):
+        yield "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |"
+        if i == 0:
+            yield "| " + " | ".join("-" * width for width in widths) + " |"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    where = (row.unit.arch, str(row.unit.head_dim), str(row.unit.dtype)[6:], row.call)
+    if row.found is None:
+        return (*where, *[""] * (len(HEAD) - len(where) - 1), "does not compile")
+    report, limits = row.found.report, [loop.bound for loop in row.found.loops if loop.bound is not None]
+    slowest = max(limits, key=lambda limit: limit.clocks, default=None)
+    clocks = ("", "") if slowest is None else (f"{slowest.clocks:.0f}", f"{slowest.peak:.0%}")
+    shared = f"{report.shared / 1024:.0f} of {offline.SHARED[row.unit.arch]}" if row.unit.arch in offline.SHARED else ""
+    numbers = (report.num_warps, report.num_stages, report.registers, report.local, report.loop_spills)
+    same = "" if row.changes is None else row.changes or "same"
+    return (*where, *map(str, numbers), shared, str(report.products), *clocks, same)
+
+
+def _loops(row: Row) -> Iterator[str]:
+    """The loops of a row, or why there are none to show."""
+    if row.found is None or row.faults:
+        yield str(row)
+    if row.found is None or not row.found.loops:
+        return
+    yield f"{row.unit.arch} d {row.unit.head_dim} {str(row.unit.dtype)[6:]}, {row.call}"
+    yield from (f"  {loop}" for loop in row.found.loops)
+    if any("wgmma" in loop.order for loop in row.found.loops) and not row.found.hazards:
+        yield "  no register of a product in flight is touched"
+    if any(loop.bound is None for loop in row.found.loops):
+        yield f"  no bound: {bound.NONE.get(row.unit.arch, 'its warps run loops of their own')}"
     yield ""
 
 
@@ -140,7 +175,7 @@ def waits(found: Iterable[Row]) -> Iterator[str]:
         parts = {
             row.kernel: row.found.seconds
             for row in own
-            if row.found is not None and row.call == own[0].call and not row.kernel.endswith("_jvp")
+            if row.found is not None and row.call == own[0].call and "_jvp" not in row.kernel
         }
         each = ", ".join(f"{kernel} {seconds:.1f}" for kernel, seconds in parts.items())
         name = f"{unit.arch} d {unit.head_dim} {str(unit.dtype)[6:]}, {own[0].call}"

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from ..backends import triton as backend
 from ..backends import triton_call
+from ..backends.facts import facts
 from ..kernels import launch as launches
 from ..kernels.launch import Launch
-from ..problem import Problem, Tangents
+from ..problem import Problem, ThreeTangents
 from . import offline
 
 KERNEL = {
     "forward": "forward", "dkdv": "backward_dkdv", "dq": "backward_dq", "grads": "score_grads", "jvp": "forward_jvp",
-    "jvp dq": "backward_dq_jvp", "jvp dkdv": "backward_dkdv_jvp",
+    "jvp dq": "backward_dq_jvp", "jvp dkdv": "backward_dkdv_jvp", "jvp grads": "score_grads", "jvp2": "forward_jvp2",
 }  # fmt: skip
 LIMITS = ((16, triton_call.PAD), (16, 256), (1, 16), (1, 5))  # of the four numbers
 GAIN = 0.98  # a candidate must take at most this share of the time
@@ -49,6 +50,16 @@ class Entry(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.kernel}, {self.load}" if self.load else self.kernel
+
+
+class Left(NamedTuple):
+    """An entry that was not tuned, and why."""
+
+    entry: Entry
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.entry.name:<16} d {self.entry.head_dim:<3} {self.entry.bits} bit  left out: {self.reason}"
 
 
 class Found(NamedTuple):
@@ -76,7 +87,7 @@ def entries(dims: list[int], dtypes: list[torch.dtype]) -> Iterator[Entry]:
             for dim in dims:
                 for kernel in ("forward", "dkdv", "dq"):
                     yield Entry(kernel, load, 8 * dtype.itemsize, dim)
-    for kernel in ("grads", "jvp", "jvp dq", "jvp dkdv"):
+    for kernel in ("grads", "jvp", "jvp dq", "jvp dkdv", "jvp grads", "jvp2"):
         for dtype in dtypes:
             for dim in dims:
                 yield Entry(kernel, "", 8 * dtype.itemsize, dim)
@@ -85,7 +96,7 @@ def entries(dims: list[int], dtypes: list[torch.dtype]) -> Iterator[Entry]:
 def tune(
     dims: list[int], dtypes: list[torch.dtype], *, minutes: float, n: int = 4096, device: str = "cuda",
     only: tuple[str, ...] = (),
-) -> Iterator[Found]:  # fmt: skip
+) -> Iterator[Found | Left]:  # fmt: skip
     """Tune entry after entry until the time is up; the tables in memory keep every winner.
 
     Args:
@@ -97,8 +108,11 @@ def tune(
     for entry in entries(dims, dtypes):
         if time.monotonic() > until:
             return
-        if not only or entry.kernel in only:
-            yield _tune(entry, _problem(entry, n, device), until)
+        if only and entry.kernel not in only:
+            continue
+        p = _problem(entry, n, device)
+        misfit = triton_call.misfit(*facts(p)[:4], (entry.kernel,))
+        yield Left(entry, misfit) if misfit else _tune(entry, p, until)
 
 
 def write(folder: Path, arch: str) -> Path:
@@ -106,8 +120,9 @@ def write(folder: Path, arch: str) -> Path:
     path = folder / f"{arch}.json"
     kernels = []
     for name, by_bits in launches.tables()[arch].items():
-        rows = [f'    "{bits}": {json.dumps(by_dim)}' for bits, by_dim in by_bits.items()]
-        kernels.append(f'  "{name}": {{\n' + ",\n".join(rows) + "\n  }")
+        rows = [f'    "{bits}": {json.dumps(by_dim)}' for bits, by_dim in by_bits.items() if by_dim]
+        if rows:
+            kernels.append(f'  "{name}": {{\n' + ",\n".join(rows) + "\n  }")
     path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
     return path
 
@@ -115,12 +130,13 @@ def write(folder: Path, arch: str) -> Path:
 def _problem(entry: Entry, n: int, device: str) -> Problem:
     """A causal training call that launches the entry's kernel with its load."""
     dtype = {16: torch.bfloat16, 32: torch.float32}[entry.bits]
-    chain = entry.load == "chain" or entry.kernel == "grads"
+    params = entry.kernel in ("grads", "jvp grads")
+    chain = entry.load == "chain" or params
     p = offline.example(
-        entry.head_dim, dtype, chain=chain, dropout=0.1 if entry.load == "heavy" else 0.0, n=n, params=entry.kernel == "grads",
-        device=device, random=True,
+        entry.head_dim, dtype, chain=chain, dropout=0.1 if entry.load == "heavy" else 0.0, n=n, params=params, device=device,
+        random=True,
     )  # fmt: skip
-    return dataclasses.replace(p, scores=p.scores[1:]) if entry.kernel == "grads" else p
+    return dataclasses.replace(p, scores=p.scores[1:]) if params else p
 
 
 def _tune(entry: Entry, p: Problem, until: float) -> Found:
@@ -171,11 +187,13 @@ def _run(entry: Entry, p: Problem, launched: Callable[..., None] | None) -> list
         if not entry.kernel.startswith("jvp"):
             grads = backend.backward(p, out, None, out, lse, out_lo)
             return [grads.q, grads.k, grads.v, *grads.params]
-        t = Tangents(p.q, p.k, p.v, [None] * len(p.params), None)
+        t = offline.directions(p)
         if entry.kernel == "jvp":
             return list(backend.forward_jvp(p, t, out, lse, out_lo))
+        if entry.kernel == "jvp2":
+            return list(backend.forward_jvp2(p, ThreeTangents(t, t, t), out, lse, out_lo, lse, lse))
         grads = backend.backward_jvp(p, t, out, None, None, None, out, lse, out_lo, out, lse)
-        return [grads.q, grads.k, grads.v]
+        return [grads.q, grads.k, grads.v, *grads.params]
 
 
 def _time(entry: Entry, p: Problem) -> float:

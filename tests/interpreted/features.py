@@ -374,14 +374,15 @@ def test_stripes_is_the_mask_it_claims_to_be():
 
 
 def test_tuning_finds_writes_and_changes_nothing_else(tmp_path, capsys):
-    before = json.dumps(launch.tables())
+    before, arch = json.dumps(launch.tables()), triton_call.architecture(torch.device(DEVICE))
+    table = launch.table_of(arch)
     try:
         arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "0.3"]
         assert cli.main(["tune", *arguments, "--out", str(tmp_path)]) == 0
         assert "dq" in capsys.readouterr().out
-        written = json.loads((tmp_path / "interpreter.json").read_text())
-        assert written == launch.tables()["interpreter"]
-        old, new = json.loads(before)["interpreter"], dict(written)
+        written = json.loads((tmp_path / f"{arch}.json").read_text())
+        assert written == launch.tables()[arch]
+        old, new = json.loads(before)[table], dict(written)
         tuned = new.pop("dq")["32"].pop("16")
         assert len(tuned) == 4
         assert {name: new[name] for name in old if name != "dq"} == {name: old[name] for name in old if name != "dq"}
@@ -401,6 +402,21 @@ def test_tuning_takes_what_is_faster_and_right(monkeypatch):
         assert found.before == start
         assert found.after.block_q == 16
         assert triton_call.config(p, "forward") == found.after
+    finally:
+        launch.tables.cache_clear()
+        launch.launch.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["jvp grads", "jvp2"])
+def test_tuning_holds_other_tiles_to_the_same_results(kernel, monkeypatch):
+    entry = tune.Entry(kernel, "", 32, 16)
+    p = tune._problem(entry, 17, DEVICE)
+    monkeypatch.setattr(tune, "_time", lambda entry, p: 1.0)
+    wanted = tune._run(entry, p, None)
+    try:
+        with tune._table(triton_call.architecture(p.q.device), entry, launch.Launch(16, 16, 1, 1)):
+            assert tune._tried(entry, p, wanted) == 1.0
+            assert tune._tried(entry, p, [*wanted[:-1], 1.5 * wanted[-1] + 1.0]) is None
     finally:
         launch.tables.cache_clear()
         launch.launch.cache_clear()

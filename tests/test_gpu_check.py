@@ -1,0 +1,289 @@
+"""gpu-check: its plan, how it runs and ends steps, and its verdicts, with planted results: there is no GPU here."""
+
+import math
+import sys
+
+import pytest
+import torch
+from test_triton import needs_triton
+
+from fastattn import cli
+from fastattn.bench import cells, features, numerics, timing
+from fastattn.devtools import claims, gpu_check, gpu_summary
+from fastattn.devtools.claims import FAIL, PASS, UNKNOWN, Evidence
+from fastattn.devtools.gpu_check import Machine, Step
+
+HERE = Machine("NVIDIA X", True, True, True, "/opt/bin/compute-sanitizer", 16)
+
+
+def decide(text, found):
+    (claim,) = [claim for claim in claims.CLAIMS if text in claim.text]
+    return claim.decide(found)
+
+
+# The plan
+
+
+def test_the_plan(tmp_path):
+    steps = {step.name: step for step in gpu_check.plan(HERE, 9.0, tmp_path, tmp_path / "scratch")}
+    assert list(steps) == ["tests", "sanitizer", "bench", "tune"]
+    assert sum(step.share for step in steps.values()) == pytest.approx(1.0)
+    assert not any(step.absent for step in steps.values())
+    assert "8" in steps["tests"].command
+    assert steps["tests"].environment["TRITON_INTERPRET"] == "0"
+    assert steps["sanitizer"].command[0] == "/opt/bin/compute-sanitizer"
+    assert steps["bench"].command[-6:] == ["--device", "cuda", "--minutes", "2.43", "--out", str(tmp_path / "bench")]
+    for name in gpu_check.SUITES:
+        assert (gpu_check.ROOT / "tests" / f"{name}.py").exists()
+
+
+def test_what_is_absent_is_skipped_with_its_reason(tmp_path):
+    steps = gpu_check.plan(HERE._replace(sanitizer=None, xdist=False), 9.0, tmp_path, tmp_path)
+    assert [step.absent is None for step in steps] == [True, False, True, True]
+    assert "compute-sanitizer" in steps[1].absent
+    assert "-n" not in steps[0].command
+    steps = gpu_check.plan(HERE._replace(tests=False), 9.0, tmp_path, tmp_path)
+    assert [step.name for step in steps if step.absent] == ["tests", "sanitizer"]
+    assert "needs a checkout" in steps[0].absent
+
+
+def test_the_dry_run_prints_the_plan(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_check, "machine", lambda: HERE._replace(gpu=None, sanitizer=None))
+    assert cli.main(["gpu-check", "--dry-run", "--minutes", "4", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    for part in ("no GPU: nothing would run", "tests:", "108 s: python -m pytest", "skipped: no compute-sanitizer", "bench all",
+                 "--minutes 1.08", "tune", f"a verdict for each of {len(claims.CLAIMS)} claims"):  # fmt: skip
+        assert part in out, part
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("missing", "words"), [({"gpu": None}, "a CUDA device"), ({"triton": False}, "triton")])
+def test_without_a_gpu_nothing_runs(missing, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_check, "machine", lambda: HERE._replace(**missing))
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", None)
+    assert cli.main(["gpu-check", "--out", str(tmp_path / "out")]) == 2
+    assert f"gpu-check needs {words}, not found here; --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# Running steps
+
+
+def step(code, name="bench", share=0.5, environment=()):
+    return Step(name, "something", [sys.executable, "-c", code], share, None, dict(environment))
+
+
+def test_a_step_is_told_when_its_time_is_up(tmp_path):
+    code = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    found = gpu_check.run(step(code), 1.0, tmp_path / "x.log")
+    assert found.result == "the time was up: it wrote what it had"
+    assert (tmp_path / "x.log").read_text() == "begun\nkept\n"
+
+
+def test_a_step_that_does_not_listen_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 0.2)
+    code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    assert "had to be killed" in gpu_check.run(step(code), 1.0, tmp_path / "x.log").result
+
+
+def test_a_step_that_fails_names_its_log(tmp_path):
+    found = gpu_check.run(step("raise SystemExit(3)"), 9.0, tmp_path / "x.log")
+    assert found.result == "ended with status 3: x.log"
+
+
+def test_time_that_a_step_leaves_is_the_next_ones(tmp_path, monkeypatch):
+    limits = []
+    quick = lambda step, limit, log: limits.append(limit) or gpu_summary.Outcome(step.name, "done", 0.0)
+    monkeypatch.setattr(gpu_check, "run", quick)
+    steps = [step("", "a", 0.75), step("", "b", 0.1)._replace(absent="no b"), step("", "c", 0.25)]
+    found = gpu_check._run_all(steps, 10.0, tmp_path, lambda line: None)
+    assert limits == pytest.approx([450.0, 600.0], abs=5.0)
+    assert [x.result for x in found] == ["done", "skipped: no b", "done"]
+
+
+def test_ctrl_c_ends_the_check_and_keeps_what_is_there(tmp_path, monkeypatch):
+    def run(step, limit, log):
+        if step.name == "b":
+            raise KeyboardInterrupt
+        return gpu_summary.Outcome(step.name, "done", 1.0)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    found = gpu_check._run_all([step("", name, 0.3) for name in "abc"], 1.0, tmp_path, lambda line: None)
+    assert [(x.name, x.result) for x in found] == [("a", "done"), ("b", "interrupted")]
+
+
+@needs_triton
+def test_tests_are_known_by_one_name_and_every_claim_has_some(tmp_path):
+    """pytest's own collection and its report, on the real suites: each claim that tests decide finds tests of its own."""
+    plan = gpu_check.plan(HERE._replace(xdist=False), 9.0, tmp_path, tmp_path)
+    names = gpu_check.collected(plan[0])
+    everything = Evidence(names, dict.fromkeys(names, "passed"))
+    by_tests = [claim for claim in claims.CLAIMS if claim.decide.__qualname__.startswith("by_tests")]
+    assert len(by_tests) >= 8
+    assert [claim.text for claim in by_tests if claim.decide(everything).verdict != PASS] == []
+    features = [part for part in plan[0].command if not part.startswith("tests/") or "features" in part]
+    assert gpu_check.run(plan[0]._replace(command=[*features, "-k", "stripes_is"]), 60.0, tmp_path / "x.log").result == "done"
+    ((name, outcome),) = gpu_check.outcomes_of(tmp_path / "tests.xml").items()
+    assert name in names
+    assert outcome == "passed"
+
+
+BENCH = """
+import pathlib
+out = pathlib.Path({out!r})
+out.mkdir()
+for name in ("results.json", "report.html", "tables.md", "bench.png"):
+    (out / name).write_text('{{"models": [], "memory": [{{"feature": "backward", "fastattn": 5, "torch": null}}]}}')
+"""
+
+
+def test_the_whole_check_leaves_eight_files_and_a_verdict(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    name = "test_repeats_bit_for_bit[x]"
+    report = f'<testsuite><testcase classname="tests.interpreted.features" name="{name}">%s</testcase></testsuite>'
+
+    def plan(here, minutes, folder, scratch):
+        (scratch / "tests.xml").write_text(report % fault)
+        return [
+            step("print('1 passed')", "tests"),
+            step("print('3 passed'); print('= ERROR SUMMARY: 0 errors')", "sanitizer"),
+            step(BENCH.format(out=str(folder / "bench")), "bench"),
+            step(f"import pathlib; pathlib.Path({str(folder / 'sm_90.json')!r}).write_text('x'); "
+                 "print('forward  d 64  16 bit  [128, 64, 4, 3] -> [128, 64, 8, 3]  90 us, 1.10x (7 tried)')", "tune"),
+        ]  # fmt: skip
+
+    monkeypatch.setattr(gpu_check, "machine", lambda: HERE)
+    monkeypatch.setattr(gpu_check, "plan", plan)
+    monkeypatch.setattr(gpu_check, "collected", lambda step: [f"tests/interpreted/features.py::{name}"])
+    fault = ""
+    assert cli.main(["gpu-check", "--out", str(out), "--minutes", "0.5"]) == 0
+    files = {str(x.relative_to(out)) for x in out.rglob("*") if x.is_file()}
+    assert files == {"summary.md", "tests.log", "sanitizer.log", "bench.log", "tune.log", "sm_90.json", "bench/results.json",
+                     "bench/report.html"}  # fmt: skip
+    page = (out / "summary.md").read_text()
+    assert "Claims: 3 pass, 0 fail, " in page
+    assert "| equal inputs give equal bits | README, Exactness | pass | 1 tests |" in page
+    assert "[128, 64, 4, 3] -> [128, 64, 8, 3]" in page
+    assert page in capsys.readouterr().out
+    fault = "<failure/>"
+    (out / "bench" / "results.json").unlink()
+    (out / "bench").rename(tmp_path / "old")
+    assert cli.main(["gpu-check", "--out", str(out), "--minutes", "0.5"]) == 1
+    assert f"- tests/interpreted/features.py::{name}" in (out / "summary.md").read_text()
+
+
+def test_results_of_an_earlier_check_are_not_judged_again(tmp_path):
+    for name in ("tests.log", "summary.md", "bench/results.json", "mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    gpu_check._clear([step("", "tests")], tmp_path)
+    assert [x.name for x in tmp_path.rglob("*") if x.is_file()] == ["mine.txt"]
+
+
+# Verdicts
+
+
+def cell(workload="gpt2", direction="forward", error=1e-3, plain=1e-3, ratio=None, dtype="bfloat16", **reasons):
+    """A cell as the benchmark writes it; `ratio`: how many times longer sdpa took."""
+    row = cells.Row("models", workload, "", f"B1 H2 L64 D64 {dtype} causal", direction, 64, 64, error, plain, reasons=reasons)
+    times = lambda seconds: timing.Times((seconds,) * 9, (seconds,) * 9)
+    if ratio is not None:
+        row.times = {"fastattn": times(1.0), "sdpa": times(ratio)}
+    return row.json()
+
+
+def bench(*rows, **more):
+    return Evidence(bench={"environment": {}, "models": list(rows), "notes": [], "training": None, **more})
+
+
+NAMES = [f"tests/interpreted/invariance.py::test_{c}" for c in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "verdict", "words"),
+    [
+        (["passed", "passed", "passed"], PASS, "3 tests"),
+        (["passed", "failed", "passed"], FAIL, "1 of 3 tests failed: tests/interpreted/invariance.py::test_b"),
+        (["passed", "passed"], UNKNOWN, "2 of 3 tests ran, all passed"),
+        (["passed", "skipped", "passed"], UNKNOWN, "2 of 3"),
+        (["passed", "failed"], FAIL, "1 of 2"),
+        ([], UNKNOWN, "no test of it ran"),
+    ],
+)
+def test_a_claim_of_tests(outcomes, verdict, words):
+    found = decide("batch_invariant", Evidence(NAMES, dict(zip(NAMES, outcomes))))
+    assert found.verdict == verdict
+    assert words in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (cell(error=2 * 4e-3 + 7e-3, plain=4e-3), PASS),
+        (cell(error=2 * 4e-3 + 9e-3, plain=4e-3), FAIL),
+        (cell(error=3 * 4e-3 + 7e-3, plain=4e-3, direction="forward+backward"), PASS),
+        (cell(error=3e-6, plain=1e-6, dtype="float32"), FAIL),
+        (cell(error=math.nan, fastattn="RuntimeError: no"), FAIL),
+        (cell(error=1.0, direction="forward mode"), UNKNOWN),
+    ],
+)
+def test_the_claim_of_exact_cells(row, verdict):
+    found = decide("models' shapes", bench(row))
+    assert found.verdict == verdict
+    if "fastattn" in row["reasons"]:
+        assert "RuntimeError: no" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        ([cell("packed", ratio=7.5), cell("long-window", ratio=3.0), cell("gpt2", ratio=0.9)], PASS),
+        ([cell("packed", ratio=7.5), cell("long-window", ratio=1.5)], FAIL),
+        ([cell("packed"), cell("gpt2", ratio=9.0)], UNKNOWN),
+    ],
+)
+def test_the_claim_of_empty_tiles(rows, verdict):
+    found = decide("leaves empty", bench(*rows))
+    assert found.verdict == verdict
+    if verdict != UNKNOWN:
+        assert "packed forward 7.5x" in found.evidence
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(4.9e-3, PASS), (5.1e-3, FAIL), (None, UNKNOWN)])
+def test_the_claim_of_keys_with_a_mean(off, verdict):
+    row = lambda data, who, dq: numerics.Row(data, who, {"dq": dq, "dk": 1.0, "dv": 1.0}).json()
+    rows = [row("no mean", "fastattn triton", 2.5e-3), row("mean 3", "sdpa", 1e-1)]
+    rows += [] if off is None else [row("mean 3", "fastattn triton", off), row("mean 1", "fastattn triton", 2.5e-3)]
+    found = decide("have a mean", bench(accuracy=rows))
+    assert found.verdict == verdict
+    assert off is None or "with mean 3" in found.evidence
+
+
+@pytest.mark.parametrize(("peak", "verdict"), [(60e6, PASS), (135e6, FAIL), (None, UNKNOWN)])
+def test_the_claim_of_memory(peak, verdict):
+    rows = [features.Row(name, {"fastattn": n, "torch": 9}).json() for name, n in (("backward", peak), ("dropout", None))]
+    assert decide("L x L", bench(memory=rows)).verdict == verdict
+    assert features.HEADS * features.LENGTH**2 * torch.float32.itemsize == claims.SCORES
+
+
+@pytest.mark.parametrize(
+    ("log", "verdict"),
+    [
+        ("12 passed in 9 s\n========= ERROR SUMMARY: 0 errors\n", PASS),
+        ("12 passed in 9 s\n========= ERROR SUMMARY: 3 errors\n", FAIL),
+        ("========= ERROR SUMMARY: 0 errors\n", UNKNOWN),
+        ("12 passed", UNKNOWN),
+        (None, UNKNOWN),
+    ],
+)
+def test_the_claim_of_the_sanitizer(log, verdict):
+    assert decide("out of bounds", Evidence(sanitizer=log)).verdict == verdict
+
+
+def test_nothing_measured_is_no_pass():
+    assert {verdict.verdict for _, verdict in claims.judge(Evidence())} == {UNKNOWN}
+
+
+def test_speed_is_told_by_suite_and_not_judged():
+    found = bench(cell(ratio=2.0), cell("packed", ratio=0.5), cell("t5", ratio=3.0), cell("x"))
+    assert gpu_summary.speed(found) == ["models: 2.00x over 3 cells, 0.50x (sdpa) to 3.00x (sdpa)"]
