@@ -234,6 +234,14 @@ def test_the_claim_of_exact_cells(row, verdict):
         assert "RuntimeError: no" in found.evidence
 
 
+def test_cells_that_the_time_did_not_reach_are_told():
+    found = bench(cell())
+    found.bench["notes"] = ["masks: 5 of 12 left out, the time was up: x", "forward: 30 of 36 left out, the time was up: y"]
+    assert decide("models' shapes", found) == (PASS, "1 cells, 35 left out")
+    found.bench["notes"] = ["interrupted: what was measured until then"]
+    assert decide("models' shapes", found) == (PASS, "1 cells, interrupted")
+
+
 @pytest.mark.parametrize(
     ("rows", "verdict"),
     [
