@@ -33,8 +33,10 @@ def test_the_plan(tmp_path):
     assert steps["tests"].environment["TRITON_INTERPRET"] == "0"
     assert steps["sanitizer"].command[0] == "/opt/bin/compute-sanitizer"
     assert steps["bench"].command[-6:] == ["--device", "cuda", "--minutes", "2.43", "--out", str(tmp_path / "bench")]
-    for name in gpu_check.SUITES:
-        assert (gpu_check.ROOT / "tests" / f"{name}.py").exists()
+    assert {f"interpreted/{path.name}" for path in (gpu_check.ROOT / "tests" / "interpreted").glob("*.py")} <= {
+        part.removeprefix("tests/") for part in steps["tests"].command
+    }
+    assert all((gpu_check.ROOT / name).exists() for name in gpu_check.suites())
 
 
 def test_what_is_absent_is_skipped_with_its_reason(tmp_path):
@@ -232,6 +234,14 @@ def test_the_claim_of_exact_cells(row, verdict):
     assert found.verdict == verdict
     if "fastattn" in row["reasons"]:
         assert "RuntimeError: no" in found.evidence
+
+
+def test_cells_that_the_time_did_not_reach_are_told():
+    found = bench(cell())
+    found.bench["notes"] = ["masks: 5 of 12 left out, the time was up: x", "forward: 30 of 36 left out, the time was up: y"]
+    assert decide("models' shapes", found) == (PASS, "1 cells, 35 left out")
+    found.bench["notes"] = ["interrupted: what was measured until then"]
+    assert decide("models' shapes", found) == (PASS, "1 cells, interrupted")
 
 
 @pytest.mark.parametrize(

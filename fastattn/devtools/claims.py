@@ -1,7 +1,7 @@
 """What the README and docs/ promise of a GPU, and whether a machine's tests and benchmark bear it out.
 
-A claim passes where everything that speaks of it was measured and agrees, fails where anything disagrees, and is not measured
-otherwise: a test that the time did not reach is no pass.
+A claim of tests passes where all of them ran and passed, fails where one failed, and is not measured otherwise: a test that the
+time did not reach is no pass. A claim of the benchmark is judged by the cells that it has, and says how many there are.
 """
 
 from __future__ import annotations
@@ -87,7 +87,12 @@ def errors(found: Evidence) -> Verdict:
             beyond.append(f"{row['workload']} {row['direction']} ({why})")
     if beyond:
         return Verdict(FAIL, f"{len(beyond)} of {judged} cells: {'; '.join(beyond[:3])}")
-    return Verdict(PASS, f"{judged} cells") if judged else Verdict(UNKNOWN, "no cell was measured")
+    if not judged:
+        return Verdict(UNKNOWN, "no cell was measured")
+    notes = (found.bench or {}).get("notes", [])
+    left = sum(int(n) for note in notes for n in re.findall(r"(\d+) of \d+ left out", note))
+    cut = ", interrupted" if any(note.startswith("interrupted") for note in notes) else ""
+    return Verdict(PASS, f"{judged} cells" + (f", {left} left out" if left else "") + cut)
 
 
 def skipping(found: Evidence) -> Verdict:

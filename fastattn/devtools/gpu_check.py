@@ -31,10 +31,7 @@ from .claims import Evidence
 from .gpu_summary import Outcome, summary
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = (
-    "sanitized/kernels", "interpreted/tutorial", "interpreted/features", "interpreted/tangents", "interpreted/invariance",
-    "interpreted/covering",
-)  # fmt: skip
+FIRST = ("sanitized/kernels", "interpreted/tutorial", "interpreted/features", "interpreted/tangents", "interpreted/invariance")
 SAMPLE = "causal or sinks_window or dense_documents or everything"
 BENCH = ("results.json", "report.html", "tables.md", "bench.png")
 FILES = "files: summary.md, a log per step, bench/results.json, bench/report.html, and the table of tuned launches"
@@ -69,8 +66,14 @@ def machine() -> Machine:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{cuda}/bin")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    tests = has("pytest") and all((ROOT / "tests" / f"{name}.py").exists() for name in SUITES)
+    tests = has("pytest") and all((ROOT / "tests" / f"{name}.py").exists() for name in FIRST)
     return Machine(gpu, shim.PRESENT, tests, has("xdist"), sanitizer, os.cpu_count() or 1)
+
+
+def suites() -> list[str]:
+    """The kernels' suites as paths below the root, those that tell most by the minute first."""
+    found = sorted(f"interpreted/{path.stem}" for path in (ROOT / "tests" / "interpreted").glob("*.py"))
+    return [f"tests/{name}.py" for name in dict.fromkeys((*FIRST, *found))]
 
 
 def plan(here: Machine, minutes: float, out: Path, scratch: Path) -> list[Step]:
@@ -81,7 +84,7 @@ def plan(here: Machine, minutes: float, out: Path, scratch: Path) -> list[Step]:
     """
     me = [sys.executable, "-m", "fastattn"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [f"tests/{name}.py" for name in SUITES]
+    files = suites()
     workers = min(here.cores, 8)
     parallel = ["-n", str(workers), "--dist", "worksteal"] if here.xdist and workers > 1 else []
     no_tests = None if here.tests else "needs a checkout with its tests, and pytest"
