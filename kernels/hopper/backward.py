@@ -9,7 +9,7 @@ the columns of dq from it. The query heads of a key head's group and their spans
 """
 
 from ..chain import apply_scores, place, pull_scores
-from ..masks import row_range, row_spans
+from ..masks import affine_bound, row_range, row_spans
 from ..shim import LOG2E, tl
 from ..shim import kernel as portable
 from ..tiles import head_of, store_rows
@@ -86,10 +86,22 @@ def hidden(p, q0, k_idx, h, r, b, call, FLAGS: gl.constexpr, Q_LAYOUT: gl.conste
     """p with zeros for the pairs that a span hides. # [keys, BLOCK_Q]"""
     q_idx = q0 + gl.arange(0, BLOCK_Q, Q_LAYOUT)
     size = call[1]
-    start, stop = row_spans(
-        call[0][0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS
-    )
-    seen = (k_idx[:, None] >= start[None, :]) & (k_idx[:, None] < stop[None, :])
+    if FLAGS[0]:
+        start, stop = row_spans(call[0][0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
+        p = gl.where(k_idx[:, None] >= start[None, :], p, 0.0)
+        seen = k_idx[:, None] < stop[None, :]
+    else:
+        ahead = k_idx[:, None] - q_idx[None, :]
+        start, stop = affine_bound(call[0][0][0], 0, b, size), affine_bound(call[0][0][0], 1, b, size)
+        if FLAGS[1]:
+            seen = ahead >= start
+        else:
+            seen = (k_idx >= start)[:, None]
+        if FLAGS[2]:
+            seen = seen & (ahead < stop)
+        else:
+            seen = seen & (k_idx < stop)[:, None]
+        seen = seen & (k_idx < size[1])[:, None]
     return gl.where(seen, p, 0.0)
 
 
@@ -111,7 +123,7 @@ def weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS: gl.constexpr, SCORES: 
 
 @jit
 def consumer(
-    outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, n_h, n_pad, W: gl.constexpr, FLAGS: gl.constexpr,
+    outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, W: gl.constexpr, FLAGS: gl.constexpr,
     SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -142,25 +154,26 @@ def consumer(
     count = 0
     for step in range(GROUP * SPANS):
         h, r, lo, full_lo, full_hi, hi = turn(step, b, kv, k0, call, FLAGS, GROUP, SPANS, BLOCKS)
-        row = (b * n_h + h) * n_pad
         for q0 in range(lo, hi, BLOCK_Q):
             stage = count % STAGES
             phase = (count // STAGES) & 1
             q, do = q_s.index(stage).reshape([BLOCK_Q, HEAD_DIM]), do_s.index(stage).reshape([BLOCK_Q, HEAD_DIM])
             mbarrier.wait(q_full.index(stage), phase)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            mbarrier.wait(do_full.index(stage), phase)
-            dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             lse2 = lse_s.index(stage).load(q_layout)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            s = warpgroup_mma_wait(0, deps=(s,))
             p, s, at = weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS, SCORES, q_layout, BLOCK_Q)
             if (q0 < full_lo) | (q0 >= full_hi):
                 p = hidden(p, q0, k_idx, h, r, b, call, FLAGS, q_layout, BLOCK_Q)
-            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
+            p_low = gl.convert_layout(p.to(dtype), operand)
             if len(SCORES) > 0:
                 p = pull_scores(p, s, at, call[0][2], SCORES, 0)
-            dp = warpgroup_mma_wait(1, deps=(dp,))
+            mbarrier.wait(do_full.index(stage), phase)
+            dv = warpgroup_mma(p_low, do, dv, is_async=True)
+            dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            dv, dp = warpgroup_mma_wait(0, deps=(dv, dp))
             delta = delta_s.index(stage).load(q_layout)
+            mbarrier.arrive(do_empty.index(stage), count=1)
             x = (p * (dp - delta[None, :])).to(dtype)
             x_tile = x_s.index(count % 2)
             x_tile.slice(W * KEYS, KEYS, 0).store(x)
@@ -168,15 +181,13 @@ def consumer(
             dk = warpgroup_mma(gl.convert_layout(x, operand), q, dk, is_async=True)
             named_barrier_wait(8, 256)  # both halves of x' are there
             dq = warpgroup_mma(x_tile.permute((1, 0)), k_columns, dq_zero, use_acc=False, is_async=True)
-            dv, dk = warpgroup_mma_wait(1, deps=(dv, dk))
+            dk = warpgroup_mma_wait(1, deps=(dk,))
             mbarrier.arrive(q_empty.index(stage), count=1)
-            mbarrier.arrive(do_empty.index(stage), count=1)
             tma_store_wait(0)  # the copy of the tile before has read what dq is about to overwrite
             dq = warpgroup_mma_wait(0, deps=(dq,))
-            own = dq_s.index(W)
-            own.store(dq)
+            dq_s.index(W).reshape([BLOCK_Q, COLUMNS]).store(dq)
             fence_async_shared()
-            tma_reduce_add(dq_out, [row + q0, W * COLUMNS], own)
+            tma_reduce_add(dq_out, [b, h, q0, W * COLUMNS], dq_s.index(W))
             count += 1
     named_barrier_wait(9, 256)  # the other group has read the keys for its last dq
     v_own.store(dv.to(dtype))
@@ -210,7 +221,7 @@ def backward_fused(
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], delta.layout)
     x_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x_s = gl.allocate_shared_memory(q.dtype, [2, BLOCK_K, BLOCK_Q], x_layout)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, BLOCK_Q, HEAD_DIM // 2], dq_out.layout)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, BLOCK_Q, HEAD_DIM // 2], dq_out.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -230,9 +241,9 @@ def backward_fused(
     n_h = n_kv * GROUP
     gl.warp_specialize(
         [
-            (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, n_h, n_pad, 0, FLAGS, SCORES, GROUP, SPANS,
+            (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, 0, FLAGS, SCORES, GROUP, SPANS,
                         HEAD_DIM, BLOCKS, STAGES)),
-            (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, n_h, n_pad, 1, FLAGS, SCORES, GROUP, SPANS,
+            (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, 1, FLAGS, SCORES, GROUP, SPANS,
                         HEAD_DIM, BLOCKS, STAGES)),
             (producer, (inputs, buffers, bars, b, kv, k0, call, n_h, n_pad, FLAGS, GROUP, SPANS, BLOCKS, STAGES)),
         ],
