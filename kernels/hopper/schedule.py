@@ -3,9 +3,9 @@
 Programs take work items by turns: tiles of BLOCK_Q rows of one entry and head. Heads come in sections whose keys and values fit
 the L2 cache together; in a section the last rows, which see most keys under a causal mask, come first.
 
-A walk is (tiles, top, full_lo, full_hi), one a span: so many tiles of keys, from the one that begins at `top` downwards, and those
-that begin from full_lo to full_hi hide nothing. The walks of a work item follow one another as one sequence of steps; where
-it sees nothing it has one step in front of the keys, whose tile is zeros and hidden.
+A walk is (tiles, top, full_lo, full_hi), one a span: so many tiles of keys, from the one that begins at `top` downwards, and
+those that begin from full_lo to full_hi hide nothing. The walks of a work item follow one another as one sequence of steps;
+where it sees nothing it has one step in front of the keys, whose tile is zeros and hidden.
 """
 
 from .. import shim
@@ -51,7 +51,7 @@ def work_item(t, n_q, n_h, heads, section, BLOCK_Q: gl.constexpr):
 
 @jit
 def key_walks(mask, b, h, q0, size, FLAGS: gl.constexpr, SPANS: gl.constexpr, BLOCKS: gl.constexpr):
-    """(steps, the walks of the rows from q0 on): where spans are tensors, where those of mask[2] stand; else the walk itself."""
+    """(steps, the walks of the rows from q0 on): where spans are tensors, their place in mask[2]; else the walk itself."""
     BLOCK_Q: gl.constexpr = BLOCKS[0]
     if FLAGS[0]:
         tile = (b * mask[2][1] + h * mask[2][2]) * gl.cdiv(size[0], BLOCK_Q) + q0 // BLOCK_Q
