@@ -90,7 +90,7 @@ def scored(s, q_idx, k0, r, partial, b, h, scale, data, size, n_b, FLAGS: gl.con
         at = place(data[1], b.to(gl.int64), h.to(gl.int64), q_at, k_at, size, n_b, FLAGS)
         s = apply_scores(s * scale, at, data[2], SCORES, len(SCORES))
     if partial:
-        start, stop = row_spans(data[0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
+        start, stop = row_spans(data[0], r, b, h, q_idx, q_idx < size[0], size, FLAGS)
         k_row = gl.expand_dims(k_idx, 0)
         seen = (k_row >= gl.expand_dims(start, 1)) & (k_row < gl.expand_dims(stop, 1))
         s = gl.where(seen, s, float("-inf"))
