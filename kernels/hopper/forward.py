@@ -20,6 +20,7 @@ from .gluon import (
     mbarrier,
     named_barrier_arrive,
     named_barrier_wait,
+    rounded,
     tma_load,
     tma_store,
     tma_store_wait,
@@ -192,12 +193,13 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_free.index(v_slot), count=1)
         acc = acc * gl.expand_dims(gl.convert_layout(weight, o_rows), 1)
-        high = acc.to(DTYPE)
+        high, exact = rounded(acc, DTYPE)
+        if out_lo is not None:
+            low = rounded(acc - exact, DTYPE)[0]
         o_tile.store(high)
         fence_async_shared()
         tma_store(out, [b32, h32, q0 + W * ROWS, 0], o_tile.reshape([1, 1, ROWS, V_DIM]))
         if out_lo is not None:
-            low = (acc - high.to(gl.float32)).to(DTYPE)
             tma_store_wait(0)
             o_tile.store(low)
             fence_async_shared()
