@@ -125,7 +125,7 @@ def weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS: gl.constexpr, SCORES: 
 def consumer(
     outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, W: gl.constexpr, FLAGS: gl.constexpr,
     SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Half W of the keys: their dk and dv, and half W of the columns of every tile of dq."""
     dk_out, dv_out, dq_out = outputs
@@ -160,17 +160,22 @@ def consumer(
             q, do = q_s.index(stage).reshape([BLOCK_Q, HEAD_DIM]), do_s.index(stage).reshape([BLOCK_Q, HEAD_DIM])
             mbarrier.wait(q_full.index(stage), phase)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            if EARLY:
+                mbarrier.wait(do_full.index(stage), phase)
+                dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             lse2 = lse_s.index(stage).load(q_layout)
-            s = warpgroup_mma_wait(0, deps=(s,))
+            s = warpgroup_mma_wait(EARLY, deps=(s,))
             p, s, at = weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS, SCORES, q_layout, BLOCK_Q)
             if (q0 < full_lo) | (q0 >= full_hi):
                 p = hidden(p, q0, k_idx, h, r, b, call, FLAGS, q_layout, BLOCK_Q)
             p_low = gl.convert_layout(p.to(dtype), operand)
             if len(SCORES) > 0:
                 p = pull_scores(p, s, at, call[0][2], SCORES, 0)
-            mbarrier.wait(do_full.index(stage), phase)
+            if not EARLY:
+                mbarrier.wait(do_full.index(stage), phase)
             dv = warpgroup_mma(p_low, do, dv, is_async=True)
-            dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            if not EARLY:
+                dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             dv, dp = warpgroup_mma_wait(0, deps=(dv, dp))
             delta = delta_s.index(stage).load(q_layout)
             mbarrier.arrive(do_empty.index(stage), count=1)
@@ -202,7 +207,7 @@ def consumer(
 def backward_fused(
     q, k, v, do, lse2, delta, dk_out, dv_out, dq_out, data, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b, n_pad,
     FLAGS: gl.constexpr, SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, and its part of dq added to dq_out, float32 rows of head n_pad apart, without the scale.
 
@@ -242,9 +247,9 @@ def backward_fused(
     gl.warp_specialize(
         [
             (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, 0, FLAGS, SCORES, GROUP, SPANS,
-                        HEAD_DIM, BLOCKS, STAGES)),
+                        HEAD_DIM, BLOCKS, STAGES, EARLY)),
             (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, 1, FLAGS, SCORES, GROUP, SPANS,
-                        HEAD_DIM, BLOCKS, STAGES)),
+                        HEAD_DIM, BLOCKS, STAGES, EARLY)),
             (producer, (inputs, buffers, bars, b, kv, k0, call, n_h, n_pad, FLAGS, GROUP, SPANS, BLOCKS, STAGES)),
         ],
         [4, 1],
