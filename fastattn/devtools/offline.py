@@ -23,6 +23,7 @@ from .. import functional, masks, scores
 from ..backends import triton as backend
 from ..backends import triton_call
 from ..kernels import shim
+from ..kernels.hopper import gluon
 from ..problem import Problem, Tangents
 from . import bound, sass
 from .bound import Bound
@@ -136,7 +137,8 @@ def compiled(launch: Recorded, arch: str) -> Any:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = launch.kernel
     parsed, signature, constants, attributes = kernel._pack_args(compiler, options, arguments, specialization, None)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    source = gluon.GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
 
 
 def report(launch: Recorded, arch: str) -> Report:
