@@ -14,7 +14,7 @@ from ..kernels.hopper import backward as kernels
 from ..kernels.hopper import gluon
 from ..kernels.launch import Launch
 from ..problem import LOW, Grads, Problem
-from ..scores import ALiBi, Softcap
+from ..scores import ALiBi, Pointwise, Softcap
 from . import hopper_call, triton, triton_call
 from .hopper_call import ALIGNED, config, descriptor, width
 from .triton_call import Call, cdiv, strides_of
@@ -22,6 +22,7 @@ from .triton_rows import Statistics
 from .triton_tiles import column_pass
 
 REGISTERS = (240, 24)  # of a thread of the second consumer, and of the producer; the first consumer has what is left: 240
+FINISH = Launch(64, 64, 4, 1)
 SCORES = (ALiBi, Softcap)
 
 
@@ -76,20 +77,25 @@ def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, d
             x.zero_()
         return
     how, dim, n_pad = config(p, "hopper backward"), width(max(p.q.shape[3], p.v_dim)), rows.delta.shape[2]
-    total = torch.zeros(p.n_b, p.n_h, n_pad, dim, dtype=torch.float32, device=p.q.device)
+    zero_sum = not any(isinstance(score, Pointwise) for score in p.scores)
+    total, sums = (
+        torch.zeros(p.n_b, p.n_h, n_pad, n, dtype=torch.float32, device=p.q.device) for n in (dim, kernels.WIDE.value)
+    )
     q, k, v, do = (in_reach(x) for x in (p.q, p.k, p.v, rows.do))
+    group = p.n_h // p.n_kv
     triton_call.run(
         kernels.backward_fused, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how,
         descriptor(q, how.block_q, dim), descriptor(k, how.block_k, dim), descriptor(v, how.block_k, dim),
         descriptor(do, how.block_q, dim), row_descriptor(rows.lse2, how.block_q), row_descriptor(rows.delta, how.block_q),
         descriptor(dk, how.block_k // 2, dim), descriptor(dv, how.block_k // 2, dim), descriptor(total, how.block_q, dim // 2),
-        column_pass(p, call, how), p.scale, *call.ints, p.n_kv, max(p.n_b_coords, 1), n_pad, call.flags, call.chain,
-        p.n_h // p.n_kv, call.spans, dim, (how.block_q, how.block_k), how.num_stages, int(dim == 64), REGISTERS,
+        descriptor(sums, how.block_q, sums.shape[3]), column_pass(p, call, how), p.scale, *call.ints, p.n_kv,
+        max(p.n_b_coords, 1), n_pad, call.flags, call.chain, group, call.spans, dim, (how.block_q, how.block_k),
+        how.num_stages, int(dim == 64), int(zero_sum), REGISTERS,
     )  # fmt: skip
-    block = 64
     triton_call.run(
-        kernels.finish_dq, cdiv(p.n_q, block) * p.n_b * p.n_h, Launch(block, 0, 4, 1), total, dq, strides_of(dq, 4), p.scale,
-        p.n_q, n_pad, p.n_h, p.q.shape[3], dim, block,
+        kernels.finish_dq, cdiv(p.n_q, FINISH.block_q) * p.n_b * p.n_h, FINISH, total, sums, k, rows.lse2, rows.delta,
+        rows.dlse, p.sinks, dq, call.data, (k.stride(), strides_of(dq, 4), strides_of(p.sinks, 2)), p.scale, *call.ints,
+        p.n_h, n_pad, call.flags, group, call.spans, (p.q.shape[3], dim), (FINISH.block_q, FINISH.block_k), int(zero_sum),
     )  # fmt: skip
 
 
