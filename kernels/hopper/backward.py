@@ -9,7 +9,7 @@ the columns of dq from it. The query heads of a key head's group and their spans
 """
 
 from ..chain import apply_scores, place, pull_scores
-from ..masks import affine_bound, row_range, row_spans
+from ..masks import row_range, row_spans
 from ..shim import LOG2E, tl
 from ..shim import kernel as portable
 from ..tiles import head_of, mean_row, program_tile, store_rows
@@ -86,26 +86,12 @@ def producer(
 
 @jit
 def hidden(p, q0, k_idx, h, r, b, call, FLAGS: gl.constexpr, Q_LAYOUT: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """p with zeros for the pairs that a span hides. # [keys, BLOCK_Q]"""
+    """p with zeros for the pairs that a span hides; one end after the other, which takes fewer registers. # [keys, BLOCK_Q]"""
     q_idx = q0 + gl.arange(0, BLOCK_Q, Q_LAYOUT)
     size = call[1]
-    if FLAGS[0]:
-        start, stop = row_spans(call[0][0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
-        p = gl.where(k_idx[:, None] >= start[None, :], p, 0.0)
-        seen = k_idx[:, None] < stop[None, :]
-    else:
-        ahead = k_idx[:, None] - q_idx[None, :]
-        start, stop = affine_bound(call[0][0][0], 0, b, size), affine_bound(call[0][0][0], 1, b, size)
-        if FLAGS[1]:
-            seen = ahead >= start
-        else:
-            seen = (k_idx >= start)[:, None]
-        if FLAGS[2]:
-            seen = seen & (ahead < stop)
-        else:
-            seen = seen & (k_idx < stop)[:, None]
-        seen = seen & (k_idx < size[1])[:, None]
-    return gl.where(seen, p, 0.0)
+    start, stop = row_spans(call[0][0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
+    p = gl.where(k_idx[:, None] >= start[None, :], p, 0.0)
+    return gl.where(k_idx[:, None] < stop[None, :], p, 0.0)
 
 
 @jit
@@ -132,7 +118,8 @@ def consumer(
 ):  # fmt: skip
     """Half W of the keys: their dk and dv, and half W of the columns of every tile of dq. The first has its row sums too.
 
-    EARLY: dp is in flight during the exponentials, which takes registers.
+    EARLY: dp is in flight during the exponentials, which takes registers; else it waits until those of p are free, and the
+    other group has the matrix units meanwhile.
     """
     dk_out, dv_out, dq_out, sums_out = outputs
     x_s, dq_s, ones, sums_s = scratch
@@ -188,8 +175,9 @@ def consumer(
                 mbarrier.wait(do_full.index(stage), phase)
             dv = warpgroup_mma(p_low, do, dv, is_async=True)
             if not EARLY:
+                dv = warpgroup_mma_wait(0, deps=(dv,))
                 dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            dv, dp = warpgroup_mma_wait(0, deps=(dv, dp))
+            dp, dv = warpgroup_mma_wait(0, deps=(dp, dv))
             delta = delta_s.index(stage).load(q_layout)
             mbarrier.arrive(do_empty.index(stage), count=1)
             x = (p * (dp - delta[None, :])).to(dtype)
