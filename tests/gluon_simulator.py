@@ -259,6 +259,10 @@ class Machine:
     def named_barrier_arrive(self, number, threads):
         self.named_barrier(number, threads, False)
 
+    @staticmethod
+    def rounded(x, dtype):
+        return Tile(x.d.to(dtype)), Tile(x.d.to(dtype).float())
+
     # copies
     def async_load(self, descriptor, coord, bar, to, pred=True):
         if not raw(pred):

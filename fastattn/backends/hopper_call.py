@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.hopper import gluon
+from ..kernels.hopper import gluon, schedule
 from ..kernels.launch import Launch, launch
 from ..problem import Problem
 from . import triton_call
 from .facts import facts
+from .hopper_fit import ALIGNED, unreachable
+from .triton_call import Call, cdiv, on_device
 
 ARCH = "sm_90"
 ROWS = 64  # of a warp group's tile
 CACHE = 32 << 20  # bytes of keys and values that are to stay in the L2 cache of 50 MB while a section of heads is computed
-ALIGNED = 16  # bytes to which a descriptor's base and strides are multiples
 
 
 def width(dim: int) -> int:
@@ -27,8 +28,8 @@ def width(dim: int) -> int:
 
 def config(p: Problem, kernel: str) -> Launch:
     """The launch of one of these kernels for p."""
-    device, dtype, dims, load, _, _ = facts(p)
-    return launch(kernel, *dims, dtype.itemsize, ARCH, load)
+    known = facts(p)
+    return launch(kernel, *known.dims, known.dtype.itemsize, ARCH, known.load)
 
 
 def processors(device: torch.device) -> int:
@@ -42,20 +43,34 @@ def section(p: Problem) -> int:
     return max(1, CACHE // max(bytes_of_head, 1)) * (p.n_h // max(p.n_kv, 1))
 
 
-def unreachable(name: str, x: Tensor) -> str | None:
-    """Why a descriptor cannot describe x (B, H, L, D), or None."""
-    size = x.element_size()
-    if x.stride(3) != 1 and x.shape[3] != 1:
-        return f"{name}'s last stride must be 1, not {x.stride(3)}"
-    for dim, (n, stride) in enumerate(zip(x.shape[:3], x.stride()[:3])):
-        if n > 1 and (stride <= 0 or stride * size % ALIGNED):
-            return f"{name}'s stride {dim} must be a positive multiple of {ALIGNED // size} elements, not {stride}"
-    return None
+def reachable(name: str, x: Tensor) -> Tensor:
+    """x, or a copy that a descriptor can describe: of what does not begin at a multiple of 16 bytes, or comes out of vmap.
+
+    Raises:
+        ValueError: a copy would not help.
+    """
+    if unreachable(name, x) is None and x.data_ptr() % ALIGNED == 0:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    if reason := unreachable(name, x):
+        raise ValueError(f'backend="hopper" cannot run this call: {reason}')
+    return x
 
 
-def misaligned(name: str, x: Tensor) -> str | None:
-    """Why the address of x does not fit a descriptor, or None. It is data: unlike strides it changes from call to call."""
-    return f"{name} must begin at a multiple of {ALIGNED} bytes" if x.data_ptr() % ALIGNED else None
+def row_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
+    """call.data for a pass of tiles of rows over keys; where spans are tensors, with the walks of all tiles."""
+    if not call.rows:
+        return call.data
+    mask = call.data[0]
+    n_b, n_h, spans, n_q = mask[0][0].shape
+    tiles = cdiv(n_q, how.block_q)
+    walks = torch.empty(n_b, n_h, tiles, spans, 4, dtype=torch.int32, device=p.q.device)
+    with on_device(p.q):
+        triton_call.run(
+            schedule.span_walks, walks.numel() // 4, Launch(0, 0, 4, 1), mask, walks, n_q, p.n_k, tiles, n_h, call.flags, spans,
+            (how.block_q, how.block_k),
+        )  # fmt: skip
+    return (*mask[:2], (walks, n_h if n_b > 1 else 0, int(n_h > 1))), *call.data[1:]
 
 
 @functools.lru_cache(maxsize=1024)

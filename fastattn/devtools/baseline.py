@@ -32,7 +32,8 @@ def launches(arch: str, head_dim: int) -> Iterator[tuple[str, Recorded]]:
     for call, options in offline.calls().items():
         if call != "causal" and arch not in DEFAULTS:
             continue
-        for launch in offline.recorded(offline.example(head_dim, torch.bfloat16, **options), arch):
+        p = offline.example(head_dim, torch.bfloat16, **options)
+        for launch in offline.recorded(p, arch) + offline.own_launches(p, arch):
             variant = offline.variant(launch, arch)
             if variant not in seen:
                 seen.add(variant)
@@ -43,15 +44,17 @@ def key(launch: Recorded, arch: str) -> str:
     """What decides for the binary, as one short string."""
     import triton
 
-    text = "\n".join((triton.__version__, arch, *offline.variant(launch, arch), _sources()))
+    own = "hopper" in launch.kernel.__module__
+    text = "\n".join((triton.__version__, arch, *offline.variant(launch, arch), _sources(own)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _sources() -> str:
-    """The kernels' code without its comments."""
+def _sources(hopper: bool) -> str:
+    """The kernels' code without its comments: of the portable ones, or of those and the ones for sm_90."""
     folder = Path(launch_tables.__file__).parent
     files = sorted(x for x in folder.glob("*.py") if x.name != "launch.py")  # the tables' values are in every launch
+    files += sorted((folder / "hopper").glob("*.py")) if hopper else []
     return "\n".join(ast.dump(ast.parse(x.read_text())) for x in files)
 
 

@@ -14,17 +14,18 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from .. import functional, masks, scores
-from ..backends import triton as backend
-from ..backends import triton_call
+from ..backends import hopper, triton_call
+from ..backends import triton as portable
 from ..kernels import shim
 from ..kernels.hopper import gluon
-from ..problem import Problem, Tangents
+from ..problem import LOW, Problem, Tangents
 from . import bound, sass
 from .bound import Bound
 
@@ -85,7 +86,7 @@ class Inspection(NamedTuple):
     loops: list[Loop]
 
 
-def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
+def recorded(p: Problem, arch: str, order: int = 1, backend: ModuleType = portable) -> list[Recorded]:
     """The launches of p's forward, with order 1 also of its backward and with order 2 of its tangents, on an architecture."""
     found: list[Recorded] = []
 
@@ -102,6 +103,14 @@ def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
             plain = dataclasses.replace(p, param_grads=False)
             backend.backward_jvp(plain, t, out, None, None, None, out, lse, out_lo, out, lse)
     return found
+
+
+def own_launches(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
+    """The launches of p by the kernels that an architecture has beside the portable ones; none on most."""
+    if arch != hopper.ARCH or hopper.misfits(p) or p.q.dtype not in LOW:
+        return []
+    known = {launch.kernel for launch in recorded(p, arch, order)}
+    return [launch for launch in recorded(p, arch, order, hopper) if launch.kernel not in known]
 
 
 def require_compiler() -> None:

@@ -78,7 +78,7 @@ def rows(unit: Unit) -> Iterator[Row]:
     known, seen = _known(), set()
     for call, options in offline.calls(unit.everything).items():
         p = offline.example(unit.head_dim, unit.dtype, **options)
-        for launch in offline.recorded(p, unit.arch, 2 if unit.everything else 1):
+        for launch in offline.recorded(p, unit.arch, 2 if unit.everything else 1) + offline.own_launches(p, unit.arch):
             variant = offline.variant(launch, unit.arch)
             if variant in seen:
                 continue

@@ -27,7 +27,7 @@ from .gluon import (
     warpgroup_mma_wait,
 )
 from .schedule import key_step, key_walks, work_item
-from .softmax import ROWS, log_sum, lane_sums, softmax_step, with_sink
+from .softmax import ROWS, lane_sums, log_sum, softmax_step, with_sink
 
 TURN = gl.constexpr(8)  # named barriers TURN and TURN + 1: it is the turn of the first, of the second consumer
 BOTH = gl.constexpr(256)  # threads of both consumers
@@ -62,12 +62,12 @@ def produce(
     q_full, q_free, k_full, k_free, v_full, v_free = bars
     first, last, step, heads = work
     count = 0
-    items = 0
+    parity = 0
     for t in range(first, last, step):
         q0, b, h = work_item(t, size[0], n_h, heads, section, BLOCKS[0])
         steps, walks = key_walks(data[0], b, h, q0, size, FLAGS, SPANS, BLOCKS)
         for w in gl.static_range(2):
-            mbarrier.wait(q_free.index(w), (items & 1) ^ 1)
+            mbarrier.wait(q_free.index(w), parity ^ 1)
             load(q, b, h, q0 + w * ROWS, q_full.index(w), q_tiles.index(w))
         for j in range(steps):
             k0 = key_step(walks, j, FLAGS, SPANS, BLOCKS[1])[0]
@@ -77,7 +77,7 @@ def produce(
             mbarrier.wait(v_free.index(slot), phase ^ 1)
             load(v, b, h // GROUP, k0, v_full.index(slot), v_tiles.index(slot))
         count += steps
-        items += 1
+        parity ^= 1
 
 
 @jit
@@ -85,11 +85,12 @@ def scored(s, q_idx, k0, r, partial, b, h, scale, data, size, n_b, FLAGS: gl.con
     """Raw products after the score chain, and -inf where hidden; what remains is to multiply by `factor`."""
     k_idx = k0 + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
     if len(SCORES) > 0:
-        near, near_k = gl.minimum(q_idx, size[0] - 1), gl.minimum(gl.maximum(k_idx, 0), size[1] - 1)
-        at = place(data[1], b.to(gl.int64), h.to(gl.int64), gl.expand_dims(near, 1), gl.expand_dims(near_k, 0), size, n_b, FLAGS)
+        q_at = gl.expand_dims(gl.minimum(q_idx, size[0] - 1), 1)
+        k_at = gl.expand_dims(gl.minimum(gl.maximum(k_idx, 0), size[1] - 1), 0)
+        at = place(data[1], b.to(gl.int64), h.to(gl.int64), q_at, k_at, size, n_b, FLAGS)
         s = apply_scores(s * scale, at, data[2], SCORES, len(SCORES))
     if partial:
-        start, stop = row_spans(data[0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
+        start, stop = row_spans(data[0], r, b, h, q_idx, q_idx < size[0], size, FLAGS)
         k_row = gl.expand_dims(k_idx, 0)
         seen = (k_row >= gl.expand_dims(start, 1)) & (k_row < gl.expand_dims(stop, 1))
         s = gl.where(seen, s, float("-inf"))
@@ -100,7 +101,7 @@ def scored(s, q_idx, k0, r, partial, b, h, scale, data, size, n_b, FLAGS: gl.con
 def consume(
     descs, lse, sinks, sink_strides, tiles, bars, work, data, size, section, n_h, n_b, scale, W: gl.constexpr,
     FLAGS: gl.constexpr, SCORES: gl.constexpr, SPANS: gl.constexpr, DIMS: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """The rows of one warp group, W of 2, of every work item of this program."""
     out, out_lo = descs
@@ -117,6 +118,7 @@ def consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     q = matrix(q_tiles, W, ROWS, DIM)
+    o_tile = matrix(o_tiles, W, ROWS, V_DIM)
     nothing = gl.zeros([ROWS, BLOCK_K], gl.float32, s_layout)
     if len(SCORES) == 0:
         factor = scale * LOG2E
@@ -125,7 +127,7 @@ def consume(
     if PING_PONG and W == 1:
         named_barrier_arrive(TURN, BOTH)  # the first consumer begins
     count = 0
-    items = 0
+    parity = 0
     for t in range(first, last, step):
         q0, b32, h32 = work_item(t, size[0], n_h, heads, section, BLOCKS[0])
         b, h = b32.to(gl.int64), h32.to(gl.int64)
@@ -135,7 +137,7 @@ def consume(
         row_sum = lane_sums(nothing, BLOCK_K)
         out_sum = row_sum
         acc = gl.zeros([ROWS, V_DIM], gl.float32, o_layout)
-        mbarrier.wait(q_full.index(W), items & 1)
+        mbarrier.wait(q_full.index(W), parity)
         slot, phase = stage(count, STAGES)
         mbarrier.wait(k_full.index(slot), phase)
         k = matrix(k_tiles, slot, BLOCK_K, DIM)
@@ -171,13 +173,9 @@ def consume(
             mbarrier.arrive(v_free.index(v_slot), count=1)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)
         count += steps
-        items += 1
-        APART: gl.constexpr = len(o_tiles) > 0
+        parity ^= 1
         if APART:
             mbarrier.arrive(q_free.index(W), count=1)  # its last product is done
-            o_tile = matrix(o_tiles[0], W, ROWS, V_DIM)
-        else:
-            o_tile = q.reshape([ROWS, V_DIM])
         v_slot, v_phase = stage(count - 1, STAGES)
         mbarrier.wait(v_full.index(v_slot), v_phase)
         acc = warpgroup_mma(p, matrix(v_tiles, v_slot, BLOCK_K, V_DIM), acc, is_async=True)
@@ -218,10 +216,10 @@ def hopper_forward(
     FLAGS: gl.constexpr, SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, DIMS: gl.constexpr,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
-    """out, its low half (where out_lo is given) and lse, as kernels/forward.py has them; q, k, v, out and out_lo are descriptors.
+    """out, its low half (where out_lo is given) and lse, as kernels/forward.py has them.
 
-    data, FLAGS and SCORES are those of the portable kernel. DIMS: of q and k, of v, padded. BLOCKS: BLOCK_Q, which is 128, BLOCK_K.
-    APART: out has shared memory of its own and does not wait in q's.
+    q, k, v, out and out_lo are descriptors; data, FLAGS and SCORES are those of the portable kernel. DIMS: of q and k, of v,
+    padded. BLOCKS: BLOCK_Q, which is 128, and BLOCK_K. APART: out has shared memory of its own and does not wait in q's.
     """
     DIM: gl.constexpr = DIMS[0]
     V_DIM: gl.constexpr = DIMS[1]
@@ -232,9 +230,9 @@ def hopper_forward(
     k_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_K, DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_K, V_DIM], v.layout)
     if APART:
-        o_tiles = (gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, V_DIM], out.layout),)
+        o_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, V_DIM], out.layout)
     else:
-        o_tiles = ()
+        o_tiles = q_tiles
     tiles = (q_tiles, k_tiles, v_tiles, o_tiles)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -254,9 +252,9 @@ def hopper_forward(
     gl.warp_specialize(
         [
             (consume, ((out, out_lo), lse, sinks, sink_strides, tiles, bars, work, data, size, section, n_h, n_b, scale, 0,
-                       FLAGS, SCORES, SPANS, DIMS, BLOCKS, STAGES, PING_PONG)),
+                       FLAGS, SCORES, SPANS, DIMS, BLOCKS, STAGES, PING_PONG, APART)),
             (consume, ((out, out_lo), lse, sinks, sink_strides, tiles, bars, work, data, size, section, n_h, n_b, scale, 1,
-                       FLAGS, SCORES, SPANS, DIMS, BLOCKS, STAGES, PING_PONG)),
+                       FLAGS, SCORES, SPANS, DIMS, BLOCKS, STAGES, PING_PONG, APART)),
             (produce, ((q, k, v), tiles, bars, work, data, size, section, n_h, FLAGS, GROUP, SPANS, BLOCKS, STAGES)),
         ],
         [4, 1], [240, 24],

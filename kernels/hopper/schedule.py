@@ -3,9 +3,9 @@
 Programs take work items by turns: tiles of BLOCK_Q rows of one entry and head. Heads come in sections whose keys and values fit
 the L2 cache together; in a section the last rows, which see most keys under a causal mask, come first.
 
-A walk is (tiles, top, full_lo, full_hi), one a span: so many tiles of keys, from the one that begins at `top` downwards, and those
-that begin from full_lo to full_hi hide nothing. The walks of a work item follow one another as one sequence of steps; where
-it sees nothing it has one step in front of the keys, whose tile is zeros and hidden.
+A walk is (tiles, top, full_lo, full_hi), one a span: so many tiles of keys, from tile `top` downwards, and tiles from full_lo
+to full_hi hide nothing. The walks of a work item follow one another as one sequence of steps; where it sees nothing it has
+one step in front of the keys, whose tile is zeros and hidden.
 """
 
 from .. import shim
@@ -18,7 +18,7 @@ from .gluon import gl, jit
 def walk_of(lo, full_lo, full_hi, hi, BLOCK_K: tl.constexpr):
     """The walk over tiles from lo to hi, the ends that kernels/masks.py has."""
     tiles = tl.cdiv(hi - lo, BLOCK_K)
-    return tiles, tl.where(tiles > 0, lo + (tiles - 1) * BLOCK_K, -BLOCK_K), full_lo, full_hi
+    return tiles, tl.where(tiles > 0, lo // BLOCK_K + tiles - 1, -1), full_lo // BLOCK_K, full_hi // BLOCK_K
 
 
 @shim.kernel
@@ -51,7 +51,7 @@ def work_item(t, n_q, n_h, heads, section, BLOCK_Q: gl.constexpr):
 
 @jit
 def key_walks(mask, b, h, q0, size, FLAGS: gl.constexpr, SPANS: gl.constexpr, BLOCKS: gl.constexpr):
-    """(steps, the walks of the rows from q0 on): where spans are tensors, where those of mask[2] stand; else the walk itself."""
+    """(steps, the walks of the rows from q0 on): where spans are tensors, their place in mask[2]; else the walk itself."""
     BLOCK_Q: gl.constexpr = BLOCKS[0]
     if FLAGS[0]:
         tile = (b * mask[2][1] + h * mask[2][2]) * gl.cdiv(size[0], BLOCK_Q) + q0 // BLOCK_Q
@@ -72,8 +72,8 @@ def key_walks(mask, b, h, q0, size, FLAGS: gl.constexpr, SPANS: gl.constexpr, BL
 @jit
 def walk_step(top, full_lo, full_hi, j, BLOCK_K: gl.constexpr):
     """(first key, whether anything may be hidden) of step j of a walk."""
-    k0 = top - j * BLOCK_K
-    return k0, (k0 < full_lo) | (k0 >= full_hi)
+    tile = top - j
+    return tile * BLOCK_K, (tile < full_lo) | (tile >= full_hi)
 
 
 @jit

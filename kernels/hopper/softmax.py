@@ -1,10 +1,10 @@
 """The softmax of a warp group's 64 rows in the registers of its accumulators.
 
-A row of an accumulator lies in four lanes, two neighbours of every eight columns in each. Sums of weights stay apart by lane until
-the end ([64, 4]); only the maximum travels between lanes at every step.
+A row of an accumulator lies in four lanes, two neighbours of every eight columns in each. Sums of weights stay apart by lane
+until the end ([64, 4]); only the maximum travels between lanes at every step.
 """
 
-from ..shim import LN2, LOG2E
+from ..shim import LN2
 from .gluon import gl, jit, rounded
 
 ROWS = gl.constexpr(64)  # of a warp group: the height of its matrix instruction
