@@ -94,5 +94,5 @@ def test_gradients(name, simulated):
     do, dlse = cotangents(p, **options)
     for what, x, truth in zip(("dq", "dk", "dv"), gradients(p, do, dlse), exact(p, do, dlse), strict=True):
         assert_within(x, truth, [truth.to(x.dtype)], 3, what)
-    assert ("backward_fused" in simulated) == (p.n_k > 0)
+    assert ("hopper_backward" in simulated) == (p.n_k > 0)
     assert "backward_dq" not in simulated

@@ -15,8 +15,8 @@ from ..kernels.hopper import gluon
 from ..kernels.launch import Launch
 from ..problem import LOW, Grads, Problem
 from ..scores import ALiBi, Pointwise, Softcap
-from . import hopper_call, triton, triton_call
-from .hopper_call import ALIGNED, config, descriptor, width
+from . import triton, triton_call
+from .hopper_call import config, descriptor, reachable, width
 from .triton_call import Call, cdiv, strides_of
 from .triton_rows import Statistics
 from .triton_tiles import column_pass
@@ -81,10 +81,10 @@ def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, d
     total, sums = (
         torch.zeros(p.n_b, p.n_h, n_pad, n, dtype=torch.float32, device=p.q.device) for n in (dim, kernels.WIDE.value)
     )
-    q, k, v, do = (in_reach(x) for x in (p.q, p.k, p.v, rows.do))
+    q, k, v, do = (reachable(name, x) for name, x in zip(("q", "k", "v", "do"), (p.q, p.k, p.v, rows.do)))
     group = p.n_h // p.n_kv
     triton_call.run(
-        kernels.backward_fused, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how,
+        kernels.hopper_backward, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how,
         descriptor(q, how.block_q, dim), descriptor(k, how.block_k, dim), descriptor(v, how.block_k, dim),
         descriptor(do, how.block_q, dim), row_descriptor(rows.lse2, how.block_q), row_descriptor(rows.delta, how.block_q),
         descriptor(dk, how.block_k // 2, dim), descriptor(dv, how.block_k // 2, dim), descriptor(total, how.block_q, dim // 2),
@@ -97,12 +97,6 @@ def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, d
         rows.dlse, p.sinks, dq, call.data, (k.stride(), strides_of(dq, 4), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, n_pad, call.flags, group, call.spans, (p.q.shape[3], dim), (FINISH.block_q, FINISH.block_k), int(zero_sum),
     )  # fmt: skip
-
-
-def in_reach(x: Tensor) -> Tensor:
-    """x (B, H, L, D), or a copy where a descriptor cannot describe it."""
-    reached = hopper_call.unreachable("", x) is None and x.data_ptr() % ALIGNED == 0
-    return x if reached else x.clone(memory_format=torch.contiguous_format)
 
 
 def row_descriptor(x: Tensor, rows: int) -> Any:

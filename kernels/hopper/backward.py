@@ -214,7 +214,7 @@ def consumer(
 
 
 @kernel
-def backward_fused(
+def hopper_backward(
     q, k, v, do, lse2, delta, dk_out, dv_out, dq_out, sums_out, data, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b,
     n_pad, FLAGS: gl.constexpr, SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ZERO_SUM: gl.constexpr, REGISTERS: gl.constexpr,
