@@ -408,9 +408,9 @@ def bound(x, machine):
     if getattr(x, "__triton_builtin__", False):
         raise NotImplementedError(f"the simulator has no {name}")
     if function not in machine.bound:
-        code = function.__code__
-        used = {k: bound(v, machine) for k, v in function.__globals__.items() if k in code.co_names}
-        machine.bound[function] = types.FunctionType(code, {"range": machine.range, **used}, name, function.__defaults__)
+        code, own = function.__code__, {"range": machine.range}
+        machine.bound[function] = types.FunctionType(code, own, name, function.__defaults__)
+        own.update((k, bound(v, machine)) for k, v in function.__globals__.items() if k in code.co_names)
     return machine.bound[function]
 
 

@@ -235,7 +235,7 @@ def test_rows_come_once_and_an_error_is_a_row(monkeypatch):
     found = list(survey.survey([unit]))
     assert sum(row.kernel == "row_delta" for row in found) == 1
     portable = {"forward", "row_delta", "backward_dq", "backward_dkdv", "span_bounds"}
-    assert {row.kernel for row in found} == portable | {"hopper_forward", "span_walks"}
+    assert {row.kernel for row in found} == portable | {"hopper_forward", "span_walks", "hopper_backward", "finish_dq"}
     assert next(row.faults for row in found if row.kernel == "backward_dq") == ["backward_dq: RuntimeError: no registers"]
     assert all("registers" in row.changes for row in found if row.kernel == "row_delta")
 

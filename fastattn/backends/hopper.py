@@ -1,4 +1,5 @@
-"""The backend for sm_90: the forward by a warp-specialised kernel (kernels/hopper), every other verb by the portable kernels.
+"""The backend for sm_90: the forward by a warp-specialised kernel (kernels/hopper), and with deterministic=False the backward
+(hopper_backward.py); every other verb by the portable kernels.
 
 Nobody has measured it yet, so it runs only where it is asked for by name. What it computes is what the portable kernels
 compute, statistics and the low half of out included, so that their backward and their tangents go on from its results. A verb
@@ -18,7 +19,7 @@ from ..kernels.hopper import forward as kernels
 from ..kernels.hopper import gluon
 from ..problem import LOW, Grads, Problem, empty_like_layout
 from ..scores import Bias
-from . import hopper_call, triton, triton_call
+from . import hopper_backward, hopper_call, triton, triton_call
 from .facts import Facts, facts
 from .hopper_call import ARCH, ROWS, config, descriptor, width
 from .hopper_fit import misfits
@@ -66,15 +67,19 @@ def warn_unmeasured() -> None:
 
 def falls_back(p: Problem) -> list[tuple[str, str]]:
     """(what, why) for what runs elsewhere than in this backend's own kernels."""
-    return [("backward and tangents for sm_90", "the portable Triton kernels run them"), *triton.falls_back(p)]
+    found = [("tangents for sm_90", "the portable Triton kernels run them"), *triton.falls_back(p)]
+    if reason := hopper_backward.why_not(p):
+        found.insert(0, ("fused backward for sm_90", f"{reason}; the portable Triton kernels run it"))
+    return found
 
 
 def description(p: Problem) -> str:
-    """The forward kernel and its tile, in words."""
+    """The kernels and their tiles, in words."""
     how = config(p, "hopper forward")
     turns = ", which take turns" if ping_pong(p) else ""
     tile = f"{how.block_q} x {how.block_k}, {how.num_stages} stages, two warp groups{turns}"
-    return f"warp-specialised forward for {ARCH}, tiles of {tile} ({UNMEASURED})"
+    backward = "" if hopper_backward.why_not(p) else f"; {hopper_backward.description(p)}"
+    return f"warp-specialised forward for {ARCH}, tiles of {tile} ({UNMEASURED}){backward}"
 
 
 def ping_pong(p: Problem) -> bool:
@@ -104,5 +109,5 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
-    """Gradients of q, k, v, the chain's parameters and the sinks: by the portable kernels."""
-    return triton.backward(p, do, dlse, out, lse, out_lo)
+    """Gradients of q, k, v, the chain's parameters and the sinks."""
+    return hopper_backward.backward(p, do, dlse, out, lse, out_lo)

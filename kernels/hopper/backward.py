@@ -9,10 +9,11 @@ the columns of dq from it. The query heads of a key head's group and their spans
 """
 
 from ..chain import apply_scores, place, pull_scores
-from ..masks import affine_bound, row_range, row_spans
+from ..masks import row_range, row_spans
 from ..shim import LOG2E, tl
 from ..shim import kernel as portable
-from ..tiles import head_of, store_rows
+from ..tiles import head_of, mean_row, program_tile, store_rows
+from ..walk import key_walk, middle_tile
 from .gluon import (
     fence_async_shared,
     gl,
@@ -27,6 +28,8 @@ from .gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+WIDE = gl.constexpr(16)  # equal columns of a tile of row sums: what a product and a copy have at least
 
 
 @jit
@@ -83,26 +86,12 @@ def producer(
 
 @jit
 def hidden(p, q0, k_idx, h, r, b, call, FLAGS: gl.constexpr, Q_LAYOUT: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """p with zeros for the pairs that a span hides. # [keys, BLOCK_Q]"""
+    """p with zeros for the pairs that a span hides; one end after the other, which takes fewer registers. # [keys, BLOCK_Q]"""
     q_idx = q0 + gl.arange(0, BLOCK_Q, Q_LAYOUT)
     size = call[1]
-    if FLAGS[0]:
-        start, stop = row_spans(call[0][0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
-        p = gl.where(k_idx[:, None] >= start[None, :], p, 0.0)
-        seen = k_idx[:, None] < stop[None, :]
-    else:
-        ahead = k_idx[:, None] - q_idx[None, :]
-        start, stop = affine_bound(call[0][0][0], 0, b, size), affine_bound(call[0][0][0], 1, b, size)
-        if FLAGS[1]:
-            seen = ahead >= start
-        else:
-            seen = (k_idx >= start)[:, None]
-        if FLAGS[2]:
-            seen = seen & (ahead < stop)
-        else:
-            seen = seen & (k_idx < stop)[:, None]
-        seen = seen & (k_idx < size[1])[:, None]
-    return gl.where(seen, p, 0.0)
+    start, stop = row_spans(call[0][0], r, b.to(gl.int64), h.to(gl.int64), q_idx, q_idx < size[0], size, FLAGS)
+    p = gl.where(k_idx[:, None] >= start[None, :], p, 0.0)
+    return gl.where(k_idx[:, None] < stop[None, :], p, 0.0)
 
 
 @jit
@@ -123,12 +112,18 @@ def weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS: gl.constexpr, SCORES: 
 
 @jit
 def consumer(
-    outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, W: gl.constexpr, FLAGS: gl.constexpr,
+    outputs, buffers, bars, scratch, b, kv, k0, scale, call, W: gl.constexpr, FLAGS: gl.constexpr,
     SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, ZERO_SUM: gl.constexpr,
 ):  # fmt: skip
-    """Half W of the keys: their dk and dv, and half W of the columns of every tile of dq."""
-    dk_out, dv_out, dq_out = outputs
+    """Half W of the keys: their dk and dv, and half W of the columns of every tile of dq. The first has its row sums too.
+
+    EARLY: dp is in flight during the exponentials, which takes registers; else it waits until those of p are free, and the
+    other group has the matrix units meanwhile.
+    """
+    dk_out, dv_out, dq_out, sums_out = outputs
+    x_s, dq_s, ones, sums_s = scratch
+    SUMS: gl.constexpr = ZERO_SUM and W == 0
     q_s, k_s, v_s, do_s, lse_s, delta_s = buffers
     kv_full, q_full, q_empty, do_full, do_empty = bars
     BLOCK_Q: gl.constexpr = BLOCKS[0]
@@ -149,6 +144,11 @@ def consumer(
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, sum_layout)
     s_zero = gl.zeros([KEYS, BLOCK_Q], gl.float32, s_layout)
     dq_zero = gl.zeros([BLOCK_Q, COLUMNS], gl.float32, dq_layout)
+    if SUMS:
+        sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+        sums_zero = gl.zeros([BLOCK_Q, WIDE], gl.float32, sums_layout)
+        ones.store(gl.full([BLOCK_K, WIDE], 1.0, dtype, sums_layout))
+        fence_async_shared()
     mbarrier.wait(kv_full.index(0), 0)
     mbarrier.wait(kv_full.index(1), 0)
     count = 0
@@ -160,18 +160,24 @@ def consumer(
             q, do = q_s.index(stage).reshape([BLOCK_Q, HEAD_DIM]), do_s.index(stage).reshape([BLOCK_Q, HEAD_DIM])
             mbarrier.wait(q_full.index(stage), phase)
             s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            if EARLY:
+                mbarrier.wait(do_full.index(stage), phase)
+                dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             lse2 = lse_s.index(stage).load(q_layout)
-            s = warpgroup_mma_wait(0, deps=(s,))
+            s = warpgroup_mma_wait(EARLY, deps=(s,))
             p, s, at = weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS, SCORES, q_layout, BLOCK_Q)
             if (q0 < full_lo) | (q0 >= full_hi):
                 p = hidden(p, q0, k_idx, h, r, b, call, FLAGS, q_layout, BLOCK_Q)
             p_low = gl.convert_layout(p.to(dtype), operand)
             if len(SCORES) > 0:
                 p = pull_scores(p, s, at, call[0][2], SCORES, 0)
-            mbarrier.wait(do_full.index(stage), phase)
+            if not EARLY:
+                mbarrier.wait(do_full.index(stage), phase)
             dv = warpgroup_mma(p_low, do, dv, is_async=True)
-            dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            dv, dp = warpgroup_mma_wait(0, deps=(dv, dp))
+            if not EARLY:
+                dv = warpgroup_mma_wait(0, deps=(dv,))
+                dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            dp, dv = warpgroup_mma_wait(0, deps=(dp, dv))
             delta = delta_s.index(stage).load(q_layout)
             mbarrier.arrive(do_empty.index(stage), count=1)
             x = (p * (dp - delta[None, :])).to(dtype)
@@ -180,14 +186,23 @@ def consumer(
             fence_async_shared()
             dk = warpgroup_mma(gl.convert_layout(x, operand), q, dk, is_async=True)
             named_barrier_wait(8, 256)  # both halves of x' are there
+            if SUMS:
+                sums = warpgroup_mma(x_tile.permute((1, 0)), ones, sums_zero, use_acc=False, is_async=True)
             dq = warpgroup_mma(x_tile.permute((1, 0)), k_columns, dq_zero, use_acc=False, is_async=True)
-            dk = warpgroup_mma_wait(1, deps=(dk,))
+            if SUMS:
+                dk, sums = warpgroup_mma_wait(1, deps=(dk, sums))
+            else:
+                dk = warpgroup_mma_wait(1, deps=(dk,))
             mbarrier.arrive(q_empty.index(stage), count=1)
             tma_store_wait(0)  # the copy of the tile before has read what dq is about to overwrite
             dq = warpgroup_mma_wait(0, deps=(dq,))
             dq_s.index(W).reshape([BLOCK_Q, COLUMNS]).store(dq)
+            if SUMS:
+                sums_s.reshape([BLOCK_Q, WIDE]).store(sums)
             fence_async_shared()
             tma_reduce_add(dq_out, [b, h, q0, W * COLUMNS], dq_s.index(W))
+            if SUMS:
+                tma_reduce_add(sums_out, [b, h, q0, 0], sums_s)
             count += 1
     named_barrier_wait(9, 256)  # the other group has read the keys for its last dq
     v_own.store(dv.to(dtype))
@@ -199,14 +214,15 @@ def consumer(
 
 
 @kernel
-def backward_fused(
-    q, k, v, do, lse2, delta, dk_out, dv_out, dq_out, data, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b, n_pad,
-    FLAGS: gl.constexpr, SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+def hopper_backward(
+    q, k, v, do, lse2, delta, dk_out, dv_out, dq_out, sums_out, data, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b,
+    n_pad, FLAGS: gl.constexpr, SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ZERO_SUM: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys, and its part of dq added to dq_out, float32 rows of head n_pad apart, without the scale.
+    """dk and dv of one tile of keys, and its part of dq, without the scale, added to dq_out; with ZERO_SUM its row sums of x.
 
-    q, k, v, do, dk_out, dv_out are descriptors over (B, H, L, D); lse2, delta over their padded rows; dq_out over them x D.
+    All tensors but `data` are descriptors: over (B, H, L, D), lse2 and delta over their padded rows as one, dq_out and
+    sums_out over (B, H, n_pad, HEAD_DIM and WIDE) in float32.
     """
     BLOCK_Q: gl.constexpr = BLOCKS[0]
     BLOCK_K: gl.constexpr = BLOCKS[1]
@@ -222,6 +238,9 @@ def backward_fused(
     x_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x_s = gl.allocate_shared_memory(q.dtype, [2, BLOCK_K, BLOCK_Q], x_layout)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, BLOCK_Q, HEAD_DIM // 2], dq_out.layout)
+    ones_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * WIDE, element_bitwidth=16, rank=2)
+    ones = gl.allocate_shared_memory(q.dtype, [BLOCK_K, WIDE], ones_layout)
+    sums_s = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_Q, WIDE], sums_out.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -235,16 +254,17 @@ def backward_fused(
         mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(do_empty.index(i), count=2)
     inputs = (q, k, v, do, lse2, delta)
-    outputs = (dk_out, dv_out, dq_out)
+    outputs = (dk_out, dv_out, dq_out, sums_out)
+    scratch = (x_s, dq_s, ones, sums_s)
     buffers = (q_s, k_s, v_s, do_s, lse_s, delta_s)
     bars = (kv_full, q_full, q_empty, do_full, do_empty)
     n_h = n_kv * GROUP
     gl.warp_specialize(
         [
-            (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, 0, FLAGS, SCORES, GROUP, SPANS,
-                        HEAD_DIM, BLOCKS, STAGES)),
-            (consumer, (outputs, buffers, bars, x_s, dq_s, b, kv, k0, scale, call, 1, FLAGS, SCORES, GROUP, SPANS,
-                        HEAD_DIM, BLOCKS, STAGES)),
+            (consumer, (outputs, buffers, bars, scratch, b, kv, k0, scale, call, 0, FLAGS, SCORES, GROUP, SPANS,
+                        HEAD_DIM, BLOCKS, STAGES, EARLY, ZERO_SUM)),
+            (consumer, (outputs, buffers, bars, scratch, b, kv, k0, scale, call, 1, FLAGS, SCORES, GROUP, SPANS,
+                        HEAD_DIM, BLOCKS, STAGES, EARLY, ZERO_SUM)),
             (producer, (inputs, buffers, bars, b, kv, k0, call, n_h, n_pad, FLAGS, GROUP, SPANS, BLOCKS, STAGES)),
         ],
         [4, 1],
@@ -253,10 +273,39 @@ def backward_fused(
 
 
 @portable
-def finish_dq(total, dq_out, strides, scale, n_q, n_pad, n_h, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """dq_out = scale total, in dq_out's dtype; total (B, H, n_pad, PADDED) float32."""
-    n_tiles = tl.cdiv(n_q, BLOCK_Q)
-    q0, head = tl.program_id(0) % n_tiles * BLOCK_Q, tl.program_id(0) // n_tiles
-    at = (head.to(tl.int64) * n_pad + q0) * PADDED
-    tile = tl.load(total + at + tl.arange(0, BLOCK_Q)[:, None] * PADDED + tl.arange(0, PADDED)[None, :])
-    store_rows(head_of(dq_out, head // n_h, head % n_h, strides), tile * scale, q0, strides, n_q, BLOCK_Q, DIM, PADDED)
+def finish_dq(
+    total, sums, k, lse2, delta, dlse, sinks, dq_out, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_pad,
+    FLAGS: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr,
+    ZERO_SUM: tl.constexpr,
+):  # fmt: skip
+    """dq_out = scale total, in dq_out's dtype, with the zero-sum correction of kernels/backward.py.
+
+    strides: k, dq, sinks. total (B, H, n_pad, padded head_dim) and sums (B, H, n_pad, WIDE) in float32; DIMS: head_dim, padded.
+    """
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    HEAD_DIM: tl.constexpr = DIMS[1]
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, False)
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    ok = q_idx < n_q
+    row = (b * n_h + h) * n_pad + q_idx
+    dq = tl.load(total + row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :])
+    if ZERO_SUM:
+        k = head_of(k, b, h // GROUP, strides[0])
+        reference = tl.zeros([HEAD_DIM], tl.float32)
+        for r in tl.range(0, SPANS, num_stages=1):
+            start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
+            walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, (), BLOCKS)
+            middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
+            if some:
+                reference = mean_row(k, middle, strides[0], first, last, BLOCKS[1], DIMS[0], HEAD_DIM)
+        row_lse = tl.load(lse2 + row)
+        off = tl.load(sums + row * WIDE)
+        if dlse is not None:
+            row_dlse = tl.load(dlse + (b * n_h + h) * n_q + q_idx, mask=ok, other=0.0)
+            off -= tl.where(row_lse < float("inf"), row_dlse, 0.0)
+        if sinks is not None:
+            sink = tl.load(sinks + b * strides[2][0] + h * strides[2][1]).to(tl.float32)
+            off -= tl.load(delta + row) * tl.exp2(sink * LOG2E - row_lse)
+        dq -= off[:, None] * reference[None, :]
+    store_rows(head_of(dq_out, b, h, strides[1]), dq * scale, q0, strides[1], n_q, BLOCK_Q, DIMS[0], HEAD_DIM)

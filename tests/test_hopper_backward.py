@@ -1,0 +1,98 @@
+"""The fused backward of sm_90: its launches executed by the simulator against float64, and what the compiler makes of it."""
+
+import dataclasses
+
+import cases
+import pytest
+import torch
+from bars import assert_within
+from gluon_simulator import simulate
+from test_triton import needs_compiler
+
+from fastattn import functional
+from fastattn.backends import hopper_backward, reference, tiled, triton_call
+
+pytestmark = needs_compiler
+
+# name -> (mask, score, (B, Hq, Hkv, Lq, Lk, head_dim, v's), options)
+CALLS = {
+    "causal, grouped heads": ("causal", "none", (1, 4, 2, 130, 130, 64, 64), {}),
+    "full, keys that end inside a tile": ("full", "none", (1, 1, 1, 70, 200, 64, 64), dict(sinks=True, dlse=True)),
+    "more rows than keys": ("shifted", "none", (1, 1, 1, 200, 70, 64, 64), {}),
+    "bottom right": ("bottom_right", "none", (2, 1, 1, 70, 140, 64, 64), {}),
+    "window": ("window", "none", (1, 2, 1, 150, 150, 64, 64), dict(strided=True)),
+    "two sided": ("two_sided", "none", (1, 1, 1, 150, 150, 64, 64), {}),
+    "documents": ("documents", "none", (1, 2, 2, 150, 150, 64, 64), dict(dlse=True)),
+    "sinks of keys": ("sinks_window", "none", (1, 2, 1, 150, 150, 64, 64), {}),
+    "lengths": ("lengths", "none", (2, 2, 1, 70, 70, 64, 64), dict(sinks=True)),
+    "left padding": ("left_padding", "none", (2, 1, 1, 70, 70, 64, 64), {}),
+    "spans in any order": ("spans", "none", (1, 1, 1, 100, 140, 64, 64), {}),
+    "softcap": ("causal", "softcap", (1, 2, 1, 100, 100, 64, 64), {}),
+    "alibi": ("window", "alibi", (2, 2, 2, 100, 100, 64, 64), {}),
+    "head_dim 128": ("causal", "none", (1, 2, 1, 130, 130, 128, 128), dict(dtype=torch.float16)),
+    "head_dim 72 and 40": ("two_sided", "none", (1, 1, 1, 70, 70, 72, 40), {}),
+    "head_dim 8": ("full", "none", (1, 1, 1, 40, 40, 8, 16), dict(dtype=torch.float16)),
+    "one row": ("full", "none", (1, 2, 1, 1, 150, 64, 64), {}),
+    "no keys": ("full", "none", (1, 1, 1, 70, 0, 64, 64), {}),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    """Launches run in the simulator, those of the portable kernels too; programs counts them by name."""
+    programs = {}
+
+    def run(kernel, count, how, *args):
+        programs[kernel.__name__] = count
+        simulate(kernel, (count,), *args, seed=len(programs), num_warps=how.num_warps)
+
+    monkeypatch.setattr(triton_call, "run", run)
+    monkeypatch.setattr(triton_call, "architecture", lambda device: "sm_90")
+    return programs
+
+
+def problem(mask, score, sizes, dtype=torch.bfloat16, sinks=False, strided=False, deterministic=False, **_):
+    n_b, n_h, _, n_q, n_k, _, _ = sizes
+    q, k, v = (x.detach() for x in cases.tensors(*sizes, dtype, strided))
+    made = cases.SCORES[score](n_b, n_h, n_q, n_k, torch.float32)
+    chain = tuple(s.with_params(tuple(x.detach() for x in s.params)) for s in made)
+    sinks = torch.linspace(-1, 1, n_h) if sinks else None
+    p = functional.problem(
+        q, k, v, cases.MASKS[mask](n_b, n_h, n_q, n_k), chain, sinks, None, 0.0, "tiled", deterministic, None
+    )
+    return dataclasses.replace(p, param_grads=False)
+
+
+def exact(p, do, dlse):
+    """dq, dk, dv in float64."""
+    wide = [x.double().requires_grad_() for x in (p.q, p.k, p.v)]
+    scores = tuple(s.with_params(tuple(x.double() for x in s.params)) for s in p.scores)
+    sinks = None if p.sinks is None else p.sinks.double()
+    out, lse = reference.attention(
+        *wide, mask=p.mask, scores=scores, sinks=sinks, scale=p.scale, dropout_p=0.0, rng=None, coords=p.coords
+    )
+    seen = lse > -torch.inf
+    total = (out * do.double()).sum() + (0.0 if dlse is None else torch.where(seen, lse * dlse.double(), 0.0).sum())
+    return torch.autograd.grad(total, wide)
+
+
+def gradients(p, do, dlse):
+    return hopper_backward.backward(p, do, dlse, *tiled.forward(p, True))[:3]
+
+
+def cotangents(p, dlse=False, **_):
+    g = torch.Generator().manual_seed(1)
+    do = torch.randn(p.n_b, p.n_h, p.n_q, p.v_dim, generator=g).to(p.q.dtype)
+    return do, torch.randn(p.n_b, p.n_h, p.n_q, generator=g) if dlse else None
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients(name, simulated):
+    *call, options = CALLS[name]
+    p = problem(*call, **options)
+    assert hopper_backward.why_not(p) is None
+    do, dlse = cotangents(p, **options)
+    for what, x, truth in zip(("dq", "dk", "dv"), gradients(p, do, dlse), exact(p, do, dlse), strict=True):
+        assert_within(x, truth, [truth.to(x.dtype)], 3, what)
+    assert ("hopper_backward" in simulated) == (p.n_k > 0)
+    assert "backward_dq" not in simulated
