@@ -4,7 +4,7 @@ Whose turn it is, and when a copy between memories is done, a seed decides (gluo
 
 - nobody can go on (a release that is missing, a wrong phase): what each partition waits for, with its line;
 - shared memory is read while a copy writes it, or written while a product or a copy that nobody has waited for reads it;
-- a product or a copy reads what was stored without a fence;
+- a product or a copy reads what was stored without a fence, or a copy signals a barrier that was initialised without one;
 - a result of a product is used before its wait; too many arrivals in a phase; a pointer leaves its tensor;
 - at the end: arrivals, loads, stores or products that nobody waits for.
 
@@ -99,7 +99,7 @@ class Barrier:
     """An mbarrier: a phase ends with its last arrival and its last byte."""
 
     def __init__(self, name):
-        self.name, self.count, self.phase, self.loaded, self.seen = name, None, 0, 0, 0
+        self.name, self.count, self.loaded, self.seen, self.unfenced = name, None, 0, 0, torch.ones(1)
 
     def index(self, i):
         assert int(i) == 0
@@ -220,6 +220,7 @@ class Machine:
 
     def init(self, bar, count):
         bar.init(count)
+        self.engine.task.unfenced.append(bar)
 
     def invalidate(self, bar):
         bar.count = None
@@ -269,6 +270,8 @@ class Machine:
             return
         self.engine.pause()
         to.check(writes=True)
+        if bar.unfenced.any():
+            raise Fault(f"{bar.name} was initialised without a fence, at {line()}")
         where, inside = descriptor.box(coord)
         data = torch.zeros(descriptor.block_shape, dtype=descriptor.dtype)
         data[inside] = descriptor.x[where]

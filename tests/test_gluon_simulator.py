@@ -97,6 +97,8 @@ if hopper.PRESENT:
         for i in gl.static_range(2):
             mbarrier.init(full.index(i), count=1)
             mbarrier.init(empty.index(i), count=1)
+        if FAULT != "barriers without a fence":
+            fence_async_shared()
         gl.warp_specialize(
             [
                 (consumer, (out, total, a_s, b_s, out_s, full, empty, n, factor, FAULT)),
@@ -165,6 +167,7 @@ FAULTS = {
     "released twice": "too many arrivals|written while|used while|ends inside a phase|not close|nobody can go on",
     "waits for one product too few": "used before its wait",
     "no fence": "without a fence",
+    "barriers without a fence": "mbarrier 0 was initialised without a fence",
     "stored over a store": "written while it is read",
     "no wait for the store": "ends with stores",
     "a named barrier for two": "named barrier 8 ends with 128 threads",

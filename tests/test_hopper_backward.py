@@ -5,12 +5,12 @@ import dataclasses
 import cases
 import pytest
 import torch
-from bars import assert_within
+from bars import assert_within, errors
 from gluon_simulator import simulate
 from test_triton import needs_compiler
 
 from fastattn import functional
-from fastattn.backends import hopper_backward, reference, tiled, triton_call
+from fastattn.backends import hopper, hopper_backward, reference, tiled, triton, triton_call
 
 pytestmark = needs_compiler
 
@@ -96,3 +96,53 @@ def test_gradients(name, simulated):
         assert_within(x, truth, [truth.to(x.dtype)], 3, what)
     assert ("hopper_backward" in simulated) == (p.n_k > 0)
     assert "backward_dq" not in simulated
+
+
+def test_keys_with_a_mean():
+    """Rounding makes the row sums of x something else than zero, which a mean of the keys multiplies: that is taken off."""
+    p = problem("causal", "none", (1, 1, 1, 200, 200, 64, 64), sinks=True)
+    k, v = (x + 3 * torch.linspace(-1, 1, 64).sign().to(x) for x in (p.k, p.v))
+    p = dataclasses.replace(p, k=k, v=v)
+    do, dlse = cotangents(p, dlse=True)
+    (dq, *_), (truth, *_) = gradients(p, do, dlse), exact(p, do, dlse)
+    assert errors(dq, truth)[1] < 2.5e-3
+    p = dataclasses.replace(p, sinks=None)
+    out, lse, _ = tiled.forward(p, True)
+    (dq, *_), (truth, *_) = hopper_backward.backward(p, do, None, out, lse, out.new_empty(0)), exact(p, do, None)
+    assert errors(dq, truth)[1] < 1e-2  # the correction alone, without the low half of out; without either about 1e-1
+
+
+def test_the_gradient_of_sinks():
+    p = problem("causal", "none", (1, 2, 1, 70, 70, 64, 64), sinks=True)
+    do, _ = cotangents(p)
+    found = hopper_backward.backward(p, do, None, *tiled.forward(p, True))
+    torch.testing.assert_close(found.sinks, tiled.backward(p, do, None, *tiled.forward(p, True)).sinks)
+
+
+REFUSED = {
+    "in an order that is not fixed": dict(deterministic=None),
+    "float16 and bfloat16, not float32": dict(dtype=torch.float32),
+    "a head_dim of 136: at most 128": dict(sizes=(1, 1, 1, 8, 8, 136, 64)),
+    "a multiple of 8": dict(sizes=(1, 1, 1, 8, 8, 36, 64)),
+    "no bool and custom masks": dict(mask="dense"),
+    "ALiBi and Softcap, not relative": dict(score="relative"),
+    "at a head_dim of 128: at most 64": dict(score="softcap", sizes=(1, 1, 1, 8, 8, 128, 64)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_does_not_take_has_the_portable_passes_and_a_reason(reason, monkeypatch):
+    p = problem(**{"mask": "causal", "score": "none", "sizes": (1, 1, 1, 8, 8, 64, 64), **REFUSED[reason]})
+    assert reason in hopper_backward.why_not(p)
+    ran = []
+    monkeypatch.setattr(triton, "gradients", lambda *args: ran.append(args[-1]))
+    hopper_backward.backward(p, *[None] * 5)
+    assert ran == [triton.two_passes]
+    assert any(what == "fused backward for sm_90" and reason in why for what, why in hopper.falls_back(p))
+
+
+def test_explain_names_it():
+    p = problem("causal", "none", (1, 1, 1, 8, 8, 64, 64))
+    assert "fused backward for sm_90, tiles of 64 x 128, 2 stages, dq in an order that is not fixed" in hopper.description(p)
+    assert all(what != "fused backward for sm_90" for what, _ in hopper.falls_back(p))
+    assert "fused backward" not in hopper.description(dataclasses.replace(p, deterministic=True))

@@ -94,6 +94,8 @@ BACKWARD = {
         "            named_barrier_wait(8, 256)  # both halves of x' are there\n", "",
         "written while it is read|without a fence|largest error|NaN"),
     "one buffer of x": ("x_s.index(count % 2)", "x_s.index(0)", "written while it is read"),
+    "copies do not see the barriers": (
+        "    fence_async_shared()  # copies see the barriers\n", "", "initialised without a fence"),
     "x is stored without a fence": (
         "            fence_async_shared()\n            dk = ", "            dk = ", "without a fence"),
     "dq over the tile before": (

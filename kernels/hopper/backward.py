@@ -253,6 +253,7 @@ def hopper_backward(
         mbarrier.init(do_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(do_empty.index(i), count=2)
+    fence_async_shared()  # copies see the barriers
     inputs = (q, k, v, do, lse2, delta)
     outputs = (dk_out, dv_out, dq_out, sums_out)
     scratch = (x_s, dq_s, ones, sums_s)

@@ -250,6 +250,7 @@ def hopper_forward(
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()  # copies see the barriers
     bars = (q_full, q_free, k_full, k_free, v_full, v_free)
     gl.warp_specialize(
         [
