@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from pathlib import Path
 
+import torch
+
 HERE = ("gluon_engine.py", "gluon_values.py", "gluon_simulator.py")
 
 
@@ -60,6 +62,7 @@ class Engine:
 
         def run():
             self.local.task = task
+            torch.set_grad_enabled(False)  # of this thread
             try:
                 task.turn.acquire()
                 if self.fault is not None:

@@ -281,6 +281,49 @@ def test_it_runs_by_name_warns_once_and_is_never_chosen(on_sm_90, simulated):
 
 
 @needs_compiler
+@pytest.mark.compile
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_graphs_run_it(dynamic, on_sm_90, simulated):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    run = lambda q, k: fa.attention(q, k, k, mask=fa.Causal("bottom_right"), backend="hopper")
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend=counter)
+    for n in (40, 130, 75, 200):
+        q, k = torch.randn(1, 2, n, 64).bfloat16(), torch.randn(1, 1, n + 3, 64).bfloat16()
+        assert torch.equal(compiled(q, k), run(q, k))
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", ["causal", "sinks_window"])
+def test_lengths_do_not_compile_anew(mask):
+    """Two variants of every kernel serve all lengths."""
+    variants = {}
+    for n in (17, 48, 64, 100, 129, 256, 1000):
+        p = problem(mask, "none", (1, 4, 2, n, 2 * n + 1, 64, 64))
+        for launch in offline.own_launches(p, "sm_90", 0):
+            kernel, key = offline.variant(launch, "sm_90")
+            variants.setdefault(kernel, set()).add(key)
+    assert max(map(len, variants.values())) <= 2, {kernel: len(keys) for kernel, keys in variants.items()}
+
+
+@needs_compiler
+def test_gradients_go_on_from_its_results(on_sm_90, simulated):
+    """The whole way: the operators, this forward and the fused backward."""
+    q, k, v = (torch.randn(1, h, 40, 64).bfloat16().requires_grad_() for h in (2, 1, 1))
+    out = fa.attention(q, k, v, mask=fa.Causal(), sinks=torch.zeros(2), backend="hopper", deterministic=False)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = fa.attention(*wide, mask=fa.Causal(), sinks=torch.zeros(2, dtype=torch.float64))
+    do = torch.randn(out.shape).bfloat16()
+    found, exact = torch.autograd.grad(out, (q, k, v), do), torch.autograd.grad(truth, wide, do.double())
+    for what, x, y in zip(("dq", "dk", "dv"), found, exact, strict=True):
+        assert_within(x, y, [y.to(x.dtype)], 3, what)
+
+
+@needs_compiler
 def test_explain_says_which_kernel_runs_what(on_sm_90):
     q = torch.zeros(1, 2, 512, 128, dtype=torch.bfloat16)
     plan = fa.explain(q, q, q, mask=fa.Causal(), score=fa.Softcap(20.0), backend="hopper")
