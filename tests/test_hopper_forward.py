@@ -17,7 +17,7 @@ from test_triton import needs_compiler
 import fastattn as fa
 from fastattn import dispatch, environment, functional
 from fastattn.backends import hopper, hopper_call, hopper_fit, reference, tiled, triton_call
-from fastattn.devtools import offline
+from fastattn.devtools import offline, sass
 from fastattn.kernels.hopper.schedule import key_step, key_walks, work_item
 
 if hopper.gluon.PRESENT:
@@ -403,6 +403,8 @@ def test_defaults_spill_nothing_and_hide_every_exponential(kind, tmp_path, monke
     head_dim, options = KINDS[kind]
     p = offline.example(head_dim, torch.float16 if head_dim == 64 else torch.bfloat16, **options)
     (launch,) = (x for x in offline.own_launches(p, "sm_90") if x.kernel.__name__ == "hopper_forward")
+    kept, read = [], sass.instructions
+    monkeypatch.setattr(sass, "instructions", lambda listing: kept.append(read(listing)) or kept[-1])
     found = offline.inspect(launch, "sm_90")
     assert (found.report.local, found.report.warning, found.hazards) == (0, "", []), str(found.report)
     assert found.report.shared <= offline.SHARED["sm_90"] * 1024
@@ -410,11 +412,22 @@ def test_defaults_spill_nothing_and_hide_every_exponential(kind, tmp_path, monke
     assert len(loops) >= 2
     for loop in loops:
         assert loop.overlapped[0] == loop.overlapped[1]
+    for body in sass.loops(kept[0])[:2]:  # of the two consumers
+        assert behind_a_branch(body, "ISETP") > 0.9  # a tile that hides nothing passes over the mask
+
+
+def behind_a_branch(body, name):
+    """The share of a loop's instructions of that name which the longest branch forward in it passes over."""
+    at = {one.address: i for i, one in enumerate(body)}
+    jumps = [(i, at[one.target]) for i, one in enumerate(body) if one.name == "BRA" and at.get(one.target, 0) > i]
+    first, last = max(jumps, key=lambda jump: jump[1] - jump[0])
+    assert body[first].predicate or len(body[first].operands) > 1
+    return sum(one.name.startswith(name) for one in body[first:last]) / sum(one.name.startswith(name) for one in body)
 
 
 OTHER = """
 import torch, triton
-from fastattn.devtools import offline
+from fastattn.devtools import offline, sass
 launch, = offline.own_launches(offline.example(128, torch.bfloat16), "sm_90", 0)
 found = offline.inspect(launch, "sm_90")
 print(triton.__version__, found.report)
