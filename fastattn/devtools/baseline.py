@@ -44,17 +44,18 @@ def key(launch: Recorded, arch: str) -> str:
     """What decides for the binary, as one short string."""
     import triton
 
-    own = "hopper" in launch.kernel.__module__
-    text = "\n".join((triton.__version__, arch, *offline.variant(launch, arch), _sources(own)))
+    text = "\n".join((triton.__version__, arch, *offline.variant(launch, arch), _sources(launch.kernel.__module__)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _sources(hopper: bool) -> str:
-    """The kernels' code without its comments: of the portable ones, or of those and the ones for sm_90."""
+def _sources(module: str) -> str:
+    """The code without its comments of the portable kernels, and for one of sm_90 that of its own file and what they share."""
     folder = Path(launch_tables.__file__).parent
     files = sorted(x for x in folder.glob("*.py") if x.name != "launch.py")  # the tables' values are in every launch
-    files += sorted((folder / "hopper").glob("*.py")) if hopper else []
+    if ".hopper." in module:
+        others = {"forward.py", "backward.py"} - {f"{module.split('.')[-1]}.py"}
+        files += sorted(x for x in (folder / "hopper").glob("*.py") if x.name not in others)
     return "\n".join(ast.dump(ast.parse(x.read_text())) for x in files)
 
 
