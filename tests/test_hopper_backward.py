@@ -1,16 +1,20 @@
 """The fused backward of sm_90: its launches executed by the simulator against float64, and what the compiler makes of it."""
 
 import dataclasses
+from pathlib import Path
 
 import cases
 import pytest
 import torch
 from bars import assert_within, errors
 from gluon_simulator import simulate
+from processes import overlay, python
 from test_triton import needs_compiler
 
+import fastattn as fa
 from fastattn import functional
 from fastattn.backends import hopper, hopper_backward, reference, tiled, triton, triton_call
+from fastattn.devtools import offline
 
 pytestmark = needs_compiler
 
@@ -146,3 +150,70 @@ def test_explain_names_it():
     assert "fused backward for sm_90, tiles of 64 x 128, 2 stages, dq in an order that is not fixed" in hopper.description(p)
     assert all(what != "fused backward for sm_90" for what, _ in hopper.falls_back(p))
     assert "fused backward" not in hopper.description(dataclasses.replace(p, deterministic=True))
+
+
+# What the compiler makes of it
+
+ROWS = dict(mask=fa.SinkTokens(4) | fa.SlidingWindow(255, 0, "top_left"))
+KINDS = {  # name -> (head_dim, options of the example, bytes of local memory outside of loops)
+    "head_dim 64": (64, {}, 0),
+    "head_dim 64, chain": (64, dict(chain=True), 0),
+    "head_dim 128": (128, {}, 0),
+    "head_dim 128, row spans": (128, ROWS, 16),
+}
+
+
+def inspected(head_dim, options, name="hopper_backward"):
+    p = offline.example(head_dim, torch.bfloat16, **options)
+    (launch,) = (x for x in offline.own_launches(p, "sm_90") if x.kernel.__name__ == name)
+    return offline.inspect(launch, "sm_90")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_have_no_local_memory_in_their_loops(kind, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    head_dim, options, local = KINDS[kind]
+    report, _, hazards, loops = inspected(head_dim, options)
+    assert report.loop_spills == 0, str(report)
+    assert report.local <= local, str(report)
+    assert (report.warning, hazards) == ("", [])
+    assert report.products == (48 if "chain" in options else 56 if head_dim == 64 else 72)
+    assert report.shared <= offline.SHARED["sm_90"] * 1024
+    early = [loop for loop in loops if loop.overlapped[0]]
+    assert bool(early) == (head_dim == 64)  # dp is in flight during the exponentials
+
+
+def test_a_newer_assembler_finds_no_hazard_either(tmp_path, monkeypatch):
+    """Its registers suffice less well at a head_dim of 128: kernels/README.md."""
+    import triton
+
+    newer = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
+    if not newer.exists():
+        pytest.skip("this Triton brings one assembler")
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(newer))
+    report, _, hazards, _ = inspected(128, {})
+    assert (report.warning, hazards) == ("", [])
+    assert report.loop_spills > 0  # else the exception can go
+
+
+OTHER = """
+import torch, triton
+from fastattn.devtools import offline
+launches = offline.own_launches(offline.example(64, torch.bfloat16), "sm_90")
+found = offline.inspect(next(x for x in launches if x.kernel.__name__ == "hopper_backward"), "sm_90")
+print(triton.__version__, found.report)
+assert not (found.report.local or found.report.warning or found.hazards)
+"""
+
+
+@pytest.mark.parametrize(("folder", "version"), [("triton36", "3.6.0"), ("ttsem", "3.8.0")])
+def test_other_tritons_compile_it(folder, version, tmp_path):
+    path = overlay(folder)
+    if not (path / "triton").is_dir():
+        pytest.skip(f"triton {version} is not installed here: make test installs it where it can")
+    done = python("-c", OTHER, path=[path], TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert f"{version} hopper_backward" in done.stdout
