@@ -57,6 +57,7 @@ class Shared:
         new = [torch.zeros(d.shape, dtype=torch.int16) if x is None else x for x in (reading, writing, unfenced)]
         self.reading, self.writing, self.unfenced = new
 
+    part = False  # of another view
     dtype = property(lambda self: self.d.dtype)
     shape = property(lambda self: list(self.d.shape))
     type = property(lambda self: self)
@@ -72,12 +73,16 @@ class Shared:
         return self.view(lambda x: x[i])
 
     def slice(self, start, length, dim=0):
-        return self.view(lambda x: x.narrow(dim, int(start), int(length)))
+        found = self.view(lambda x: x.narrow(dim, int(start), int(length)))
+        found.part = True
+        return found
 
     def permute(self, order):
         return self.view(lambda x: x.permute(*order))
 
     def reshape(self, shape):
+        if self.part:
+            raise Fault(f"Gluon does not reshape a slice, at {line()}")
         return self.view(lambda x: x.view(*map(int, shape)))
 
     def load(self, layout=None):

@@ -90,13 +90,18 @@ def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, d
         descriptor(dk, how.block_k // 2, dim), descriptor(dv, how.block_k // 2, dim), descriptor(total, how.block_q, dim // 2),
         descriptor(sums, how.block_q, sums.shape[3]), column_pass(p, call, how), p.scale, *call.ints, p.n_kv,
         max(p.n_b_coords, 1), n_pad, call.flags, call.chain, group, call.spans, dim, (how.block_q, how.block_k),
-        how.num_stages, int(dim == 64), int(zero_sum), REGISTERS,
+        how.num_stages, overlap(p, call, dim), int(zero_sum), REGISTERS,
     )  # fmt: skip
     triton_call.run(
         kernels.finish_dq, cdiv(p.n_q, FINISH.block_q) * p.n_b * p.n_h, FINISH, total, sums, k, rows.lse2, rows.delta,
         rows.dlse, p.sinks, dq, call.data, (k.stride(), strides_of(dq, 4), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, n_pad, call.flags, group, call.spans, (p.q.shape[3], dim), (FINISH.block_q, FINISH.block_k), int(zero_sum),
     )  # fmt: skip
+
+
+def overlap(p: Problem, call: Call, dim: int) -> int:
+    """How much is in flight at once: kernels/hopper/backward.py. What leaves no local memory in the kernel."""
+    return 2 if dim == 64 else 0 if call.rows or p.scores else 1
 
 
 def row_descriptor(x: Tensor, rows: int) -> Any:

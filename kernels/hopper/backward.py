@@ -63,9 +63,9 @@ def producer(
     kv_full, q_full, q_empty, do_full, do_empty = bars
     BLOCK_Q: gl.constexpr = BLOCKS[0]
     mbarrier.expect(kv_full.index(0), k.block_type.nbytes)
-    tma_load(k, [b, kv, k0, 0], kv_full.index(0), k_s)
+    tma_load(k, [b, kv, k0, 0], kv_full.index(0), k_s.index(0))
     mbarrier.expect(kv_full.index(1), v.block_type.nbytes)
-    tma_load(v, [b, kv, k0, 0], kv_full.index(1), v_s)
+    tma_load(v, [b, kv, k0, 0], kv_full.index(1), v_s.index(0))
     count = 0
     for step in range(GROUP * SPANS):
         h, _, lo, _, _, hi = turn(step, b, kv, k0, call, FLAGS, GROUP, SPANS, BLOCKS)
@@ -111,15 +111,22 @@ def weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS: gl.constexpr, SCORES: 
 
 
 @jit
+def dp_product(values, do, zero, W: gl.constexpr):
+    """dp' of half W of the keys, issued. # [keys, BLOCK_Q]"""
+    KEYS: gl.constexpr = values.shape[0] // 2
+    return warpgroup_mma(values.slice(W * KEYS, KEYS, 0), do.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@jit
 def consumer(
     outputs, buffers, bars, scratch, b, kv, k0, scale, call, W: gl.constexpr, FLAGS: gl.constexpr,
     SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr, EARLY: gl.constexpr, ZERO_SUM: gl.constexpr,
+    STAGES: gl.constexpr, OVERLAP: gl.constexpr, ZERO_SUM: gl.constexpr,
 ):  # fmt: skip
     """Half W of the keys: their dk and dv, and half W of the columns of every tile of dq. The first has its row sums too.
 
-    EARLY: dp is in flight during the exponentials, which takes registers; else it waits until those of p are free, and the
-    other group has the matrix units meanwhile.
+    OVERLAP: 2 has dp in flight during the exponentials; 1 beside dv; 0 after dv, when the rounded p is not needed any more.
+    The fewer, the more registers are left, and the other group has the matrix units meanwhile.
     """
     dk_out, dv_out, dq_out, sums_out = outputs
     x_s, dq_s, ones, sums_s = scratch
@@ -136,9 +143,6 @@ def consumer(
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 2)
     q_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    keys = k_s.reshape([BLOCK_K, HEAD_DIM])
-    k_own, v_own = keys.slice(W * KEYS, KEYS, 0), v_s.reshape([BLOCK_K, HEAD_DIM]).slice(W * KEYS, KEYS, 0)
-    k_columns = keys.slice(W * COLUMNS, COLUMNS, 1)
     k_idx = k0 + W * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
     dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, sum_layout)
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, sum_layout)
@@ -158,28 +162,34 @@ def consumer(
             stage = count % STAGES
             phase = (count // STAGES) & 1
             q, do = q_s.index(stage).reshape([BLOCK_Q, HEAD_DIM]), do_s.index(stage).reshape([BLOCK_Q, HEAD_DIM])
+            same = q0 >> 31  # 0, which the assembler does not know: else it keeps every address of keys and values in registers
+            keys, values = k_s.index(same).reshape([BLOCK_K, HEAD_DIM]), v_s.index(same).reshape([BLOCK_K, HEAD_DIM])
             mbarrier.wait(q_full.index(stage), phase)
-            s = warpgroup_mma(k_own, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            if EARLY:
+            s = warpgroup_mma(keys.slice(W * KEYS, KEYS, 0), q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            if OVERLAP == 2:
                 mbarrier.wait(do_full.index(stage), phase)
-                dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+                dp = dp_product(values, do, s_zero, W)
             lse2 = lse_s.index(stage).load(q_layout)
-            s = warpgroup_mma_wait(EARLY, deps=(s,))
+            s = warpgroup_mma_wait(OVERLAP // 2, deps=(s,))
             p, s, at = weights(s, lse2, q0, k_idx, h, b, scale, call, FLAGS, SCORES, q_layout, BLOCK_Q)
             if (q0 < full_lo) | (q0 >= full_hi):
                 p = hidden(p, q0, k_idx, h, r, b, call, FLAGS, q_layout, BLOCK_Q)
             p_low = gl.convert_layout(p.to(dtype), operand)
             if len(SCORES) > 0:
                 p = pull_scores(p, s, at, call[0][2], SCORES, 0)
-            if not EARLY:
+            if OVERLAP < 2:
                 mbarrier.wait(do_full.index(stage), phase)
             dv = warpgroup_mma(p_low, do, dv, is_async=True)
-            if not EARLY:
+            if OVERLAP == 0:
                 dv = warpgroup_mma_wait(0, deps=(dv,))
-                dp = warpgroup_mma(v_own, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            dp, dv = warpgroup_mma_wait(0, deps=(dp, dv))
+            if OVERLAP < 2:
+                dp = dp_product(values, do, s_zero, W)
+                dp, dv = warpgroup_mma_wait(0, deps=(dp, dv))
+            else:
+                dp = warpgroup_mma_wait(1, deps=(dp,))
             delta = delta_s.index(stage).load(q_layout)
-            mbarrier.arrive(do_empty.index(stage), count=1)
+            if OVERLAP < 2:
+                mbarrier.arrive(do_empty.index(stage), count=1)
             x = (p * (dp - delta[None, :])).to(dtype)
             x_tile = x_s.index(count % 2)
             x_tile.slice(W * KEYS, KEYS, 0).store(x)
@@ -188,12 +198,15 @@ def consumer(
             named_barrier_wait(8, 256)  # both halves of x' are there
             if SUMS:
                 sums = warpgroup_mma(x_tile.permute((1, 0)), ones, sums_zero, use_acc=False, is_async=True)
-            dq = warpgroup_mma(x_tile.permute((1, 0)), k_columns, dq_zero, use_acc=False, is_async=True)
+            columns = keys.slice(W * COLUMNS, COLUMNS, 1)
+            dq = warpgroup_mma(x_tile.permute((1, 0)), columns, dq_zero, use_acc=False, is_async=True)
             if SUMS:
-                dk, sums = warpgroup_mma_wait(1, deps=(dk, sums))
+                dk, dv, sums = warpgroup_mma_wait(1, deps=(dk, dv, sums))
             else:
-                dk = warpgroup_mma_wait(1, deps=(dk,))
+                dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
             mbarrier.arrive(q_empty.index(stage), count=1)
+            if OVERLAP == 2:
+                mbarrier.arrive(do_empty.index(stage), count=1)
             tma_store_wait(0)  # the copy of the tile before has read what dq is about to overwrite
             dq = warpgroup_mma_wait(0, deps=(dq,))
             dq_s.index(W).reshape([BLOCK_Q, COLUMNS]).store(dq)
@@ -205,11 +218,12 @@ def consumer(
                 tma_reduce_add(sums_out, [b, h, q0, 0], sums_s)
             count += 1
     named_barrier_wait(9, 256)  # the other group has read the keys for its last dq
-    v_own.store(dv.to(dtype))
-    k_own.store((dk * scale).to(dtype))
+    values, keys = v_s.index(0), k_s.index(0)
+    values.reshape([BLOCK_K, HEAD_DIM]).slice(W * KEYS, KEYS, 0).store(dv.to(dtype))
+    keys.reshape([BLOCK_K, HEAD_DIM]).slice(W * KEYS, KEYS, 0).store((dk * scale).to(dtype))
     fence_async_shared()
-    tma_store(dv_out, [b, kv, k0 + W * KEYS, 0], v_s.slice(W * KEYS, KEYS, 2))
-    tma_store(dk_out, [b, kv, k0 + W * KEYS, 0], k_s.slice(W * KEYS, KEYS, 2))
+    tma_store(dv_out, [b, kv, k0 + W * KEYS, 0], values.slice(W * KEYS, KEYS, 2))
+    tma_store(dk_out, [b, kv, k0 + W * KEYS, 0], keys.slice(W * KEYS, KEYS, 2))
     tma_store_wait(0)
 
 
@@ -217,7 +231,7 @@ def consumer(
 def hopper_backward(
     q, k, v, do, lse2, delta, dk_out, dv_out, dq_out, sums_out, data, scale, n_q, n_k, start, stop, q_at, k_at, n_kv, n_b,
     n_pad, FLAGS: gl.constexpr, SCORES: gl.constexpr, GROUP: gl.constexpr, SPANS: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, ZERO_SUM: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, ZERO_SUM: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, and its part of dq, without the scale, added to dq_out; with ZERO_SUM its row sums of x.
 
@@ -229,8 +243,8 @@ def hopper_backward(
     k0, b, kv = key_place(n_k, n_kv, BLOCK_K)
     size = (n_q, n_k, start, stop, q_at, k_at)
     call = (data, size, n_b)
-    k_s = gl.allocate_shared_memory(k.dtype, [1, 1, BLOCK_K, HEAD_DIM], k.layout)
-    v_s = gl.allocate_shared_memory(v.dtype, [1, 1, BLOCK_K, HEAD_DIM], v.layout)
+    k_s = gl.allocate_shared_memory(k.dtype, [1, 1, 1, BLOCK_K, HEAD_DIM], k.layout)
+    v_s = gl.allocate_shared_memory(v.dtype, [1, 1, 1, BLOCK_K, HEAD_DIM], v.layout)
     q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_Q, HEAD_DIM], q.layout)
     do_s = gl.allocate_shared_memory(do.dtype, [STAGES, 1, 1, BLOCK_Q, HEAD_DIM], do.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_Q], lse2.layout)
@@ -263,9 +277,9 @@ def hopper_backward(
     gl.warp_specialize(
         [
             (consumer, (outputs, buffers, bars, scratch, b, kv, k0, scale, call, 0, FLAGS, SCORES, GROUP, SPANS,
-                        HEAD_DIM, BLOCKS, STAGES, EARLY, ZERO_SUM)),
+                        HEAD_DIM, BLOCKS, STAGES, OVERLAP, ZERO_SUM)),
             (consumer, (outputs, buffers, bars, scratch, b, kv, k0, scale, call, 1, FLAGS, SCORES, GROUP, SPANS,
-                        HEAD_DIM, BLOCKS, STAGES, EARLY, ZERO_SUM)),
+                        HEAD_DIM, BLOCKS, STAGES, OVERLAP, ZERO_SUM)),
             (producer, (inputs, buffers, bars, b, kv, k0, call, n_h, n_pad, FLAGS, GROUP, SPANS, BLOCKS, STAGES)),
         ],
         [4, 1],
