@@ -105,6 +105,15 @@ def test_a_loop_that_waits_inside_a_loop_does_not_hide_it():
     assert len(sass.loops(code)) == 1
 
 
+def test_a_loop_without_its_mask():
+    lines = ["FADD R1, R1, R2", "@P0 BRA 0x50", "ISETP R1, R2", "FSEL R1, R2, R3", "@P1 BRA 0x40", "MUFU.EX2 R1, R1", "BRA 0x0"]
+    code = sass.instructions("\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines)))
+    assert [one.address for one in sass.without_mask(code)] == [0x0, 0x10, 0x50, 0x60]
+    needed = [one._replace(name="MUFU.EX2") if one.name == "FSEL" else one for one in code]
+    assert sass.without_mask(needed) == needed
+    assert sass.without_mask(code[2:4]) == code[2:4]
+
+
 # The bound
 
 

@@ -167,11 +167,17 @@ def inspect(launch: Recorded, arch: str) -> Inspection:
         *name, found.get("REG", 0), found.get("STACK", 0) + found.get("LOCAL", 0), sass.loop_spills(code),
         binary.metadata.shared, sum(one.is_product for one in code), serialised(log),
     )  # fmt: skip
-    specialised = any(one.name.startswith("USETMAXREG") for one in code)  # warps run loops of their own
-    loops = []
+    specialised = any(one.name.startswith("USETMAXREG") for one in code)  # warp groups run loops of their own
+    loops, end = [], 0
     for body in sass.loops(code):
-        limit = None if specialised else bound.of_loop(body, launch.num_warps, arch)
-        loops.append(Loop(len(body), sass.order(body), sass.overlapped(body), limit))
+        order, counted = sass.order(body), sass.overlapped(body)
+        limit = None
+        if not specialised:
+            limit = bound.of_loop(body, launch.num_warps, arch)
+        elif body[0].address > end and counted[1]:  # two groups with the same loop; what reaches into one is around it
+            limit = bound.of_loop(sass.without_mask(body), 8, arch)
+            end = body[-1].address
+        loops.append(Loop(len(body), order, counted, limit))
     return Inspection(seen, seconds, sass.hazards(code), loops)
 
 
