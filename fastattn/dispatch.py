@@ -13,9 +13,10 @@ import torch
 from . import compat
 from .backends import pieces, tiled
 from .backends.facts import facts
+from .backends.hopper_fit import misfits
 from .problem import Problem
 
-BACKENDS = ("tiled", "triton")
+BACKENDS = ("tiled", "triton", "hopper")
 NAMES = (*BACKENDS, "reference")
 
 
@@ -47,6 +48,8 @@ def settled(p: Problem, name: str | None) -> Problem:
         ImportError: the call is for the GPU, no backend was named, and Triton is missing.
         ValueError: the backend that was named cannot run p; the message has every reason.
     """
+    if p.backend == "hopper":
+        return _hopper(p)
     if p.backend != "triton":
         return p
     if name is None and not has_triton():
@@ -60,6 +63,21 @@ def settled(p: Problem, name: str | None) -> Problem:
     if name is not None:
         raise ValueError(f'backend="triton" cannot run this call: {"; ".join(reasons)}')
     return dataclasses.replace(p, backend="tiled")
+
+
+def _hopper(p: Problem) -> Problem:
+    """p, which asks for that backend by name: nothing else chooses it as long as nobody has measured it."""
+    if reasons := [*_against_hopper(*facts(p)), *misfits(p)]:
+        raise ValueError(f'backend="hopper" cannot run this call: {"; ".join(reasons)}')
+    return p
+
+
+@compat.constant_in_graphs
+def _against_hopper(*facts: Any) -> tuple[str, ...]:
+    reasons = verbs("hopper").refusals(*facts)
+    if not reasons:
+        verbs("hopper").warn_unmeasured()
+    return reasons
 
 
 @compat.constant_in_graphs
@@ -98,9 +116,9 @@ def plan(p: Problem) -> Plan:
 def _plan(p: Problem) -> Plan:
     if p.backend == "reference":
         return Plan("reference", "plain PyTorch over the whole score matrix", ())
-    if p.backend == "triton":
-        backend = verbs("triton")
-        return Plan("triton", backend.description(p), tuple(backend.falls_back(p)))
+    if p.backend in ("triton", "hopper"):
+        backend = verbs(p.backend)
+        return Plan(p.backend, backend.description(p), tuple(backend.falls_back(p)))
     kernel, why_not_fused = tiled.kernel(p)
     reasons = []
     if why_not_fused is not None:

@@ -40,6 +40,7 @@ def backends() -> dict[str, str]:
     lines = {
         "tiled": "available: torch operations in tiles, torch's fused kernel for plain tiles on CPU",
         "triton": _triton(),
+        "hopper": _hopper(),
         "reference": "available: plain PyTorch over the whole score matrix, for tests",
     }
     return {name: lines[name] for name in dispatch.NAMES}
@@ -49,6 +50,12 @@ def _triton() -> str:
     if version("triton") is None:
         return "not available: triton is not installed (cuda tensors need it, or backend='tiled')"
     return "available: fused kernels, the default on cuda tensors" if torch.cuda.is_available() else "needs a GPU"
+
+
+def _hopper() -> str:
+    if version("triton") is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "needs triton and a GPU of architecture sm_90"
+    return 'available by name, backend="hopper": the forward by a warp-specialised kernel that nobody has measured yet'
 
 
 def _cpu() -> str:

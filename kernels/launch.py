@@ -2,7 +2,8 @@
 
 tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]. Under
 "<kernel>, chain" stands what a nonlinear score wants instead, under "<kernel>, heavy" what dropout and predicates want:
-they need registers that a larger tile would take. What does not fit an architecture has no entry. An architecture without
+they need registers that a larger tile would take. "hopper forward" and the like are the kernels for sm_90 alone
+(kernels/hopper). What does not fit an architecture has no entry. An architecture without
 a table takes the nearest older one of its maker. The values were chosen by what the compiler reports (no local memory in a
 loop, shared memory that fits); none has been timed yet.
 """

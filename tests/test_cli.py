@@ -24,7 +24,7 @@ def test_info_as_json(capsys):
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["fastattn"] == fa.__version__
-    assert set(facts["backends"]) == {"tiled", "triton", "reference"}
+    assert set(facts["backends"]) == {"tiled", "triton", "hopper", "reference"}
 
 
 def test_explain(capsys):

@@ -57,7 +57,7 @@ BAD = {
     "dropout negative": (dict(dropout_p=-0.1), ValueError, "dropout_p"),
     "scale": (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     "scale type": (dict(scale="1"), TypeError, "scale must be a number or None, got '1'"),
-    "backend": (dict(backend="cuda"), ValueError, "backend must be None or one of 'tiled', 'triton', 'reference', got 'cuda'"),
+    "backend": (dict(backend="cuda"), ValueError, "backend must be None or one of 'tiled', 'triton', 'hopper', 'reference', got 'cuda'"),
     "deterministic": (dict(deterministic=1), TypeError, "deterministic must be None, True, False or 'batch_invariant', got 1"),
     "mask dtype": (dict(mask=torch.zeros(5, 6)), TypeError, "mask must be a bool tensor.*score=Bias"),
     "mask type": (dict(mask="causal"), TypeError, "mask must be a Mask.*got str"),

@@ -113,6 +113,15 @@ def test_a_loop_that_waits_inside_a_loop_does_not_hide_it():
     assert len(sass.loops(code)) == 1
 
 
+def test_a_loop_without_its_mask():
+    lines = ["FADD R1, R1, R2", "@P0 BRA 0x50", "ISETP R1, R2", "FSEL R1, R2, R3", "@P1 BRA 0x40", "MUFU.EX2 R1, R1", "BRA 0x0"]
+    code = sass.instructions("\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(lines)))
+    assert [one.address for one in sass.without_mask(code)] == [0x0, 0x10, 0x50, 0x60]
+    needed = [one._replace(name="MUFU.EX2") if one.name == "FSEL" else one for one in code]
+    assert sass.without_mask(needed) == needed
+    assert sass.without_mask(code[2:4]) == code[2:4]
+
+
 # The bound
 
 
@@ -268,7 +277,8 @@ def test_rows_come_once_and_an_error_is_a_row(monkeypatch):
     unit = survey.Unit("sm_90", 64, torch.bfloat16, False)
     found = list(survey.survey([unit]))
     assert sum(row.kernel == "row_delta" for row in found) == 1
-    assert {row.kernel for row in found} == {"forward", "row_delta", "backward_dq", "backward_dkdv", "span_bounds"}
+    portable = {"forward", "row_delta", "backward_dq", "backward_dkdv", "span_bounds"}
+    assert {row.kernel for row in found} == portable | {"hopper_forward", "span_walks", "hopper_backward", "finish_dq"}
     assert next(row.faults for row in found if row.kernel == "backward_dq") == ["backward_dq: RuntimeError: no registers"]
     assert all("registers" in row.changes for row in found if row.kernel == "row_delta")
 

@@ -27,5 +27,5 @@ def facts(p: Problem) -> Facts:
     chain = any(isinstance(score, Pointwise) for score in p.scores)
     load = "heavy" if p.dropout_p > 0.0 or p.mask.predicates or p.invariant else "chain" if chain else ""
     customs = tuple((x.key, x.triton_fn is not None) for x in p.mask.predicates if isinstance(x, CustomPredicate))
-    dims = int(p.q.shape[3]), int(p.v.shape[3])
+    dims = len(range(p.q.shape[3])), len(range(p.v.shape[3]))  # in a graph of any shapes these become constants, int() does not
     return Facts(p.q.device, p.q.dtype, dims, load, tuple(type(score) for score in p.scores), customs)

@@ -7,6 +7,8 @@ the tiled backend's torch operations take it up on the same device (`falls_back`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -119,11 +121,18 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
     """Gradients of q, k, v, the chain's parameters and the sinks."""
+    return gradients(p, do, dlse, out, lse, out_lo, two_passes)
+
+
+def gradients(
+    p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor,
+    passes: Callable[[Problem, Call, Statistics, Tensor, Tensor, Tensor], None],
+) -> Grads:  # fmt: skip
+    """`backward`, whose dq, dk and dv `passes` fills in."""
     dq, dk, dv = (empty_rows(x, tuple(x.shape)) for x in (p.q, p.k, p.v))
     call, rows = prepare(p), statistics(p, do, dlse, out, lse, out_lo)
     with on_device(p.q):
-        _launch_dq(p, call, rows, dq)
-        _launch_dkdv(p, call, rows, dk, dv)
+        passes(p, call, rows, dq, dk, dv)
     if not p.param_grads or not p.params:
         dparams = []
     elif params_by_torch(p) is None:
@@ -134,6 +143,12 @@ def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, ls
     if p.sinks is not None:
         dsinks = sum_rows_like(-sink_weight(p, lse) * rows.delta[:, :, : p.n_q], p.sinks)
     return Grads(dq, dk, dv, dparams, dsinks)
+
+
+def two_passes(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """dq, then dk and dv, each sum with one owner and one order."""
+    _launch_dq(p, call, rows, dq)
+    _launch_dkdv(p, call, rows, dk, dv)
 
 
 def _launch_dq(p: Problem, call: Call, rows: Statistics, dq: Tensor) -> None:

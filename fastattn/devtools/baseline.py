@@ -32,7 +32,8 @@ def launches(arch: str, head_dim: int) -> Iterator[tuple[str, Recorded]]:
     for call, options in offline.calls().items():
         if call != "causal" and arch not in DEFAULTS:
             continue
-        for launch in offline.recorded(offline.example(head_dim, torch.bfloat16, **options), arch):
+        p = offline.example(head_dim, torch.bfloat16, **options)
+        for launch in offline.recorded(p, arch) + offline.own_launches(p, arch):
             variant = offline.variant(launch, arch)
             if variant not in seen:
                 seen.add(variant)
@@ -43,15 +44,18 @@ def key(launch: Recorded, arch: str) -> str:
     """What decides for the binary, as one short string."""
     import triton
 
-    text = "\n".join((triton.__version__, arch, *offline.variant(launch, arch), _sources()))
+    text = "\n".join((triton.__version__, arch, *offline.variant(launch, arch), _sources(launch.kernel.__module__)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _sources() -> str:
-    """The kernels' code without its comments."""
+def _sources(module: str) -> str:
+    """The code without its comments of the portable kernels, and for one of sm_90 that of its own file and what they share."""
     folder = Path(launch_tables.__file__).parent
     files = sorted(x for x in folder.glob("*.py") if x.name != "launch.py")  # the tables' values are in every launch
+    if ".hopper." in module:
+        others = {"forward.py", "backward.py"} - {f"{module.split('.')[-1]}.py"}
+        files += sorted(x for x in (folder / "hopper").glob("*.py") if x.name not in others)
     return "\n".join(ast.dump(ast.parse(x.read_text())) for x in files)
 
 

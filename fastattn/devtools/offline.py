@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,10 +22,11 @@ import torch
 from torch import Tensor
 
 from .. import functional, masks, scores
-from ..backends import triton as backend
-from ..backends import triton_call
+from ..backends import hopper, triton_call
+from ..backends import triton as portable
 from ..kernels import shim
-from ..problem import Problem, Tangents, ThreeTangents
+from ..kernels.hopper import gluon
+from ..problem import LOW, Problem, Tangents, ThreeTangents
 from . import bound, sass
 from .bound import Bound
 
@@ -85,7 +87,7 @@ class Inspection(NamedTuple):
     loops: list[Loop]
 
 
-def recorded(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
+def recorded(p: Problem, arch: str, order: int = 1, backend: ModuleType = portable) -> list[Recorded]:
     """The launches of p's forward, with order 1 also of its backward and with order 2 of every tangent, on an architecture.
 
     Parameters and sinks have tangents where p wants the parameters' gradients.
@@ -111,6 +113,14 @@ def directions(p: Problem) -> Tangents:
     """p's own inputs as a direction; its parameters and sinks among them where p wants the parameters' gradients."""
     params: list[Tensor | None] = [x if p.param_grads else None for x in p.params]
     return Tangents(p.q, p.k, p.v, params, p.sinks if p.param_grads else None)
+
+
+def own_launches(p: Problem, arch: str, order: int = 1) -> list[Recorded]:
+    """The launches of p by the kernels that an architecture has beside the portable ones; none on most."""
+    if arch != hopper.ARCH or hopper.misfits(p) or p.q.dtype not in LOW:
+        return []
+    known, p = {launch.kernel for launch in recorded(p, arch, order)}, dataclasses.replace(p, deterministic=False)
+    return [launch for launch in recorded(p, arch, order, hopper) if launch.kernel not in known]
 
 
 def require_compiler() -> None:
@@ -146,7 +156,8 @@ def compiled(launch: Recorded, arch: str) -> Any:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = launch.kernel
     parsed, signature, constants, attributes = kernel._pack_args(compiler, options, arguments, specialization, None)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
+    source = gluon.GluonASTSource if kernel.is_gluon() else ASTSource
+    return triton.compile(source(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
 
 
 def report(launch: Recorded, arch: str) -> Report:
@@ -166,11 +177,17 @@ def inspect(launch: Recorded, arch: str) -> Inspection:
         *name, found.get("REG", 0), found.get("STACK", 0) + found.get("LOCAL", 0), sass.loop_spills(code),
         binary.metadata.shared, sum(one.is_product for one in code), serialised(log),
     )  # fmt: skip
-    specialised = any(one.name.startswith("USETMAXREG") for one in code)  # warps run loops of their own
-    loops = []
+    specialised = any(one.name.startswith("USETMAXREG") for one in code)  # warp groups run loops of their own
+    loops, end = [], 0
     for body in sass.loops(code):
-        limit = None if specialised else bound.of_loop(body, launch.num_warps, arch)
-        loops.append(Loop(len(body), sass.order(body), sass.overlapped(body), limit))
+        order, counted = sass.order(body), sass.overlapped(body)
+        limit = None
+        if not specialised:
+            limit = bound.of_loop(body, launch.num_warps, arch)
+        elif body[0].address > end and counted[1]:  # two groups with the same loop; what reaches into one is around it
+            limit = bound.of_loop(sass.without_mask(body), 8, arch)
+            end = body[-1].address
+        loops.append(Loop(len(body), order, counted, limit))
     return Inspection(seen, seconds, sass.hazards(code), loops)
 
 

@@ -221,6 +221,19 @@ def loops(code: list[Instruction], products: bool = True) -> list[list[Instructi
     return [[one for one in code if low <= one.address <= high] for low, high in inner]
 
 
+def without_mask(body: list[Instruction]) -> list[Instruction]:
+    """A loop without what its longest branch forward passes over, as a turn runs it whose tile hides nothing.
+
+    The whole loop where that holds a product or an exponential.
+    """
+    at = {one.address: i for i, one in enumerate(body)}
+    jumps = [(i + 1, at.get(one.target or 0, 0)) for i, one in enumerate(body) if one.name == "BRA"]
+    first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
+    last = max(first, last)
+    needed = any(one.is_product or one.name.startswith("MUFU.EX2") for one in body[first:last])
+    return body if needed else body[:first] + body[last:]
+
+
 def loop_spills(code: list[Instruction]) -> int:
     """Accesses to local memory in the innermost loops that hold products (or, without any, in all innermost loops)."""
     bodies = loops(code) or loops(code, products=False)

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     found: Inspection | None
     error: str = ""
     changes: str | None = None  # against the baseline; None where it does not have the kernel
+    by_name: bool = False  # whether it runs only where its backend is named
 
     @property
     def kernel(self) -> str:
@@ -78,7 +79,8 @@ def rows(unit: Unit) -> Iterator[Row]:
     known, seen = _known(), set()
     for call, options in offline.calls(unit.everything).items():
         p = offline.example(unit.head_dim, unit.dtype, **options)
-        for launch in offline.recorded(p, unit.arch, 2 if unit.everything else 1):
+        chosen = offline.recorded(p, unit.arch, 2 if unit.everything else 1)
+        for i, launch in enumerate(chosen + offline.own_launches(p, unit.arch)):
             variant = offline.variant(launch, unit.arch)
             if variant in seen:
                 continue
@@ -87,10 +89,10 @@ def rows(unit: Unit) -> Iterator[Row]:
             try:
                 found = offline.inspect(launch, unit.arch)
             except Exception as error:  # whatever the compiler raises is the answer
-                yield Row(unit, call, None, f"{name}: {type(error).__name__}: {str(error)[-200:]}")
+                yield Row(unit, call, None, f"{name}: {type(error).__name__}: {str(error)[-200:]}", None, i >= len(chosen))
                 continue
             entry = known.get(f"{unit.arch}, d {unit.head_dim}, {call}: {name}") if unit.dtype == torch.bfloat16 else None
-            yield Row(unit, call, found, changes=None if entry is None else changes(found, entry))
+            yield Row(unit, call, found, "", None if entry is None else changes(found, entry), i >= len(chosen))
 
 
 def _known() -> dict[str, dict[str, Any]]:
@@ -175,7 +177,7 @@ def waits(found: Iterable[Row]) -> Iterator[str]:
         parts = {
             row.kernel: row.found.seconds
             for row in own
-            if row.found is not None and row.call == own[0].call and "_jvp" not in row.kernel
+            if row.found is not None and row.call == own[0].call and not ("_jvp" in row.kernel or row.by_name)
         }
         each = ", ".join(f"{kernel} {seconds:.1f}" for kernel, seconds in parts.items())
         name = f"{unit.arch} d {unit.head_dim} {str(unit.dtype)[6:]}, {own[0].call}"
