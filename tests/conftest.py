@@ -1,0 +1,13 @@
+"""The suites that take minutes begin first: several workers then fill in the rest around them, and none is left alone at the end."""
+
+LONG = (
+    "test_suite_in_the_interpreter",
+    "test_suite_under_ttsem",
+    "test_default_kernels_touch_no_register_of_a_product_in_flight",
+    "test_other_tritons_compile_it",
+    "test_the_oldest_triton_compiles_everything",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.name.startswith(LONG))
