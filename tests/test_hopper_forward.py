@@ -362,6 +362,15 @@ def test_explain_says_which_kernel_runs_what(on_sm_90):
         assert part in text, (part, text)
 
 
+@needs_compiler
+def test_explain_names_it_beside_the_portable_kernels(on_sm_90):
+    p = dataclasses.replace(problem("causal", "none", (1, 1, 1, 4, 4, 64, 64)), backend="triton")
+    (found,) = (why for what, why in dispatch.plan(p).reasons if what == "hopper")
+    assert found == 'nobody has measured it on sm_90 yet; backend="hopper" runs it'
+    (found,) = (why for what, why in dispatch.plan(dataclasses.replace(p, scale=-1.0)).reasons if what == "hopper")
+    assert found == "the scale must be positive, not -1.0"
+
+
 def test_info_names_it():
     assert "sm_90" in environment.backends()["hopper"]
 
