@@ -14,7 +14,7 @@ from ..kernels.hopper import backward as kernels
 from ..kernels.hopper import gluon
 from ..kernels.launch import Launch
 from ..problem import LOW, Grads, Problem
-from ..scores import ALiBi, Pointwise, Softcap
+from ..scores import Bias, Pointwise
 from . import triton, triton_call
 from .hopper_call import config, descriptor, reachable, width
 from .triton_call import Call, cdiv, strides_of
@@ -23,7 +23,6 @@ from .triton_tiles import column_pass
 
 REGISTERS = (240, 24)  # of a thread of the second consumer, and of the producer; the first consumer has what is left: 240
 FINISH = Launch(64, 64, 4, 1)
-SCORES = (ALiBi, Softcap)
 
 
 def why_not(p: Problem) -> str | None:
@@ -46,12 +45,10 @@ def why_not(p: Problem) -> str | None:
         reasons.append("it has no bool and custom masks")
     if p.invariant:
         reasons.append("it is not batch-invariant")
-    if others := [x.name for x in p.scores if type(x) not in SCORES]:
-        reasons.append(f"of scores it has ALiBi and Softcap, not {', '.join(others)}")
+    if any(isinstance(score, Bias) for score in p.scores):
+        reasons.append("it has no dense bias")
     elif p.scores and dim > 64:
         reasons.append(f"with scores its tiles do not fit the registers at a head_dim of {dim}: at most 64")
-    if p.scores and any(isinstance(x, Tensor) for x in p.coords.parts):
-        reasons.append("it has no coordinates that are tensors")
     return "; ".join(reasons) or None
 
 
