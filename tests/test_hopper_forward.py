@@ -455,6 +455,17 @@ def test_defaults_spill_nothing_and_hide_every_exponential(kind, tmp_path, monke
         assert loop.bound.peak > (0.8 if head_dim == 64 else 0.99)
 
 
+@needs_compiler
+def test_one_stage_is_refused(tmp_path, monkeypatch):
+    """It would wait for ever."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (launch,) = offline.own_launches(offline.example(64, torch.bfloat16), "sm_90", 0)
+    *rest, stages, ping_pong, apart = launch.args
+    assert stages == 3
+    with pytest.raises(Exception, match="the next keys are waited for before the last values are released"):
+        offline.compiled(launch._replace(args=(*rest, 1, ping_pong, apart)), "sm_90")
+
+
 OTHER = """
 import torch, triton
 from fastattn.devtools import offline, sass

@@ -227,6 +227,7 @@ def hopper_forward(
     DIM: gl.constexpr = DIMS[0]
     V_DIM: gl.constexpr = DIMS[1]
     BLOCK_K: gl.constexpr = BLOCKS[1]
+    gl.static_assert(STAGES > 1, "the next keys are waited for before the last values are released")
     size = (n_q, n_k, start, stop, q_at, k_at)
     work = (gl.program_id(0), gl.cdiv(n_q, BLOCKS[0]) * heads, gl.num_programs(0), heads)
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, DIM], q.layout)
