@@ -40,13 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A tensor that takes no memory: `explain` looks at shapes only.
+    """A tensor whose shape `explain` looks at. It takes no memory but on cuda, where kernels look at strides too.
 
     Raises:
         ValueError: there is no such device here.
     """
     try:
-        return torch.empty((), dtype=dtype, device=device).expand(shape)
+        strided = torch.device(device).type == "cuda"
+        return torch.empty(shape if strided else (), dtype=dtype, device=device).expand(shape)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device!r}: {str(error).splitlines()[0]}") from error
 

@@ -118,7 +118,8 @@ def _plan(p: Problem) -> Plan:
         return Plan("reference", "plain PyTorch over the whole score matrix", ())
     if p.backend in ("triton", "hopper"):
         backend = verbs(p.backend)
-        return Plan(p.backend, backend.description(p), tuple(backend.falls_back(p)))
+        others = verbs("hopper").instead(p) if p.backend == "triton" else []
+        return Plan(p.backend, backend.description(p), (*backend.falls_back(p), *others))
     kernel, why_not_fused = tiled.kernel(p)
     reasons = []
     if why_not_fused is not None:

@@ -327,11 +327,12 @@ def test_compiled_graphs_run_it(dynamic, on_sm_90, simulated):
 
 @needs_compiler
 @pytest.mark.parametrize("mask", ["causal", "sinks_window"])
-def test_lengths_do_not_compile_anew(mask):
-    """Two variants of every kernel serve all lengths."""
+def test_lengths_do_not_compile_anew(mask, monkeypatch):
+    """Two variants of every kernel serve all lengths; heads come in sections of 117, 16, 2 and 1 among others."""
+    monkeypatch.setattr(hopper_call, "CACHE", 1 << 20)
     variants = {}
-    for n in (17, 48, 64, 100, 129, 256, 1000):
-        p = problem(mask, "none", (1, 4, 2, n, 2 * n + 1, 64, 64))
+    for n in (17, 48, 64, 100, 127, 129, 256, 1000, 2048):
+        p = problem(mask, "none", (1, 4, 4, n, 2 * n + 1, 64, 64))
         for launch in offline.own_launches(p, "sm_90", 0):
             kernel, key = offline.variant(launch, "sm_90")
             variants.setdefault(kernel, set()).add(key)
@@ -360,6 +361,15 @@ def test_explain_says_which_kernel_runs_what(on_sm_90):
     for part in ("warp-specialised forward for sm_90", "tiles of 128 x 128, 2 stages, two warp groups, which take turns",
                  "nobody has measured it", "tangents for sm_90", "the portable Triton kernels run them"):  # fmt: skip
         assert part in text, (part, text)
+
+
+@needs_compiler
+def test_explain_names_it_beside_the_portable_kernels(on_sm_90):
+    p = dataclasses.replace(problem("causal", "none", (1, 1, 1, 4, 4, 64, 64)), backend="triton")
+    (found,) = (why for what, why in dispatch.plan(p).reasons if what == "hopper")
+    assert found == 'nobody has measured it on sm_90 yet; backend="hopper" runs it'
+    (found,) = (why for what, why in dispatch.plan(dataclasses.replace(p, scale=-1.0)).reasons if what == "hopper")
+    assert found == "the scale must be positive, not -1.0"
 
 
 def test_info_names_it():
@@ -444,6 +454,17 @@ def test_defaults_spill_nothing_and_hide_every_exponential(kind, tmp_path, monke
         shown, masked = (sum(one.name.startswith("ISETP") for one in x) for x in (sass.without_mask(body), body))
         assert shown < masked / 10  # a tile that hides nothing passes over the mask
         assert loop.bound.peak > (0.8 if head_dim == 64 else 0.99)
+
+
+@needs_compiler
+def test_one_stage_is_refused(tmp_path, monkeypatch):
+    """It would wait for ever."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (launch,) = offline.own_launches(offline.example(64, torch.bfloat16), "sm_90", 0)
+    *rest, stages, ping_pong, apart = launch.args
+    assert stages == 3
+    with pytest.raises(Exception, match="the next keys are waited for before the last values are released"):
+        offline.compiled(launch._replace(args=(*rest, 1, ping_pong, apart)), "sm_90")
 
 
 OTHER = """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import shim
 from ..kernels.hopper import forward as kernels
 from ..kernels.hopper import gluon
 from ..problem import LOW, Grads, Problem, empty_like_layout
@@ -27,8 +28,8 @@ from .triton_call import cdiv, on_device, strides_of
 from .triton_tangents import backward_jvp, forward_jvp, forward_jvp2
 
 __all__ = [
-    "backward", "backward_jvp", "description", "falls_back", "forward", "forward_jvp", "forward_jvp2", "refusals", "supports",
-    "warn_unmeasured",
+    "backward", "backward_jvp", "description", "falls_back", "forward", "forward_jvp", "forward_jvp2", "instead", "refusals",
+    "supports", "warn_unmeasured",
 ]  # fmt: skip
 
 MAX_DIM = 256
@@ -71,6 +72,13 @@ def falls_back(p: Problem) -> list[tuple[str, str]]:
     if reason := hopper_backward.why_not(p):
         found.insert(0, ("fused backward for sm_90", f"{reason}; the portable Triton kernels run it"))
     return found
+
+
+def instead(p: Problem) -> list[tuple[str, str]]:
+    """(what, why) for a call on this architecture that the portable kernels run."""
+    if not shim.PRESENT or triton_call.architecture(p.q.device) != ARCH:
+        return []
+    return [("hopper", supports(p) or f'{UNMEASURED}; backend="hopper" runs it')]
 
 
 def description(p: Problem) -> str:

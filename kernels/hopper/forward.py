@@ -47,9 +47,11 @@ def matrix(tiles, i, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @jit
-def load(desc, b, h, row, full, slot):
-    mbarrier.expect(full, desc.block_type.nbytes)
-    tma_load(desc, [b, h, row, 0], full, slot)
+def load(desc, b, h, row, tiles, full, free, slot, phase):
+    """Load a tile into a slot, once the one before has been released there."""
+    mbarrier.wait(free.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    tma_load(desc, [b, h, row, 0], full.index(slot), tiles.index(slot))
 
 
 @jit
@@ -67,16 +69,15 @@ def produce(
     for t in range(first, last, step):
         q0, b, h = work_item(t, size[0], n_h, heads, section, BLOCKS[0])
         steps, walks = key_walks(data[0], b, h, q0, size, FLAGS, SPANS, BLOCKS)
-        for w in gl.static_range(2):
-            mbarrier.wait(q_free.index(w), parity ^ 1)
-            load(q, b, h, q0 + w * ROWS, q_full.index(w), q_tiles.index(w))
         for j in range(steps):
             k0 = key_step(walks, j, FLAGS, SPANS, BLOCKS[1])[0]
             slot, phase = stage(count + j, STAGES)
-            mbarrier.wait(k_free.index(slot), phase ^ 1)
-            load(k, b, h // GROUP, k0, k_full.index(slot), k_tiles.index(slot))
-            mbarrier.wait(v_free.index(slot), phase ^ 1)
-            load(v, b, h // GROUP, k0, v_full.index(slot), v_tiles.index(slot))
+            if j == 0:
+                load(q, b, h, q0, q_tiles, q_full, q_free, 0, parity)
+            load(k, b, h // GROUP, k0, k_tiles, k_full, k_free, slot, phase)
+            if j == 0:
+                load(q, b, h, q0 + ROWS, q_tiles, q_full, q_free, 1, parity)
+            load(v, b, h // GROUP, k0, v_tiles, v_full, v_free, slot, phase)
         count += steps
         parity ^= 1
 
@@ -226,6 +227,7 @@ def hopper_forward(
     DIM: gl.constexpr = DIMS[0]
     V_DIM: gl.constexpr = DIMS[1]
     BLOCK_K: gl.constexpr = BLOCKS[1]
+    gl.static_assert(STAGES > 1, "the next keys are waited for before the last values are released")
     size = (n_q, n_k, start, stop, q_at, k_at)
     work = (gl.program_id(0), gl.cdiv(n_q, BLOCKS[0]) * heads, gl.num_programs(0), heads)
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, DIM], q.layout)

@@ -25,7 +25,7 @@ try:
 
     PRESENT = True
     jit, constexpr_function = gluon.jit, gluon.constexpr_function
-    kernel = jit(do_not_specialize=SIZES)
+    kernel = jit(do_not_specialize=(*SIZES, "section"))
 except ImportError:
     PRESENT = False
     gl: Any = SimpleNamespace(constexpr=lambda value: value)  # type: ignore[no-redef]
