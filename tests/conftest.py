@@ -1,4 +1,4 @@
-"""The suites that take minutes begin first: several workers then fill in the rest around them, and none is left alone at the end."""
+"""The suites that take minutes begin first: several workers fill in the rest around them, and none is left alone at the end."""
 
 LONG = (
     "test_suite_in_the_interpreter",
