@@ -306,6 +306,6 @@ MODELS: tuple[Model, ...] = (
           ("transformers", "rxnmapper")),
     Model("decoder, rotary, GQA", "x_transformers", x_transformer),
     Model("UNet2DConditionModel", "diffusers", unet),
-    Model("vit_tiny", "timm", timm_vit),
-    Model("TextTransformer", "open_clip", open_clip_text),
+    Model("vit_tiny", "timm", timm_vit, ("timm", "torchvision")),
+    Model("TextTransformer", "open_clip", open_clip_text, ("open_clip", "torchvision")),
 )  # fmt: skip

@@ -32,6 +32,12 @@ class OwnSoftmax(nn.Module):
         return (self.to_q(x) @ x.mT).softmax(-1) @ x
 
 
+class Told(Calls):
+    """Calls torch's function unless it is told not to."""
+
+    fused_attn = False
+
+
 class Router(nn.Module):
     """A softmax that is no attention."""
 
@@ -86,6 +92,12 @@ def test_five_kinds_are_reported_and_restored():
     assert type(model.plain) is nn.MultiheadAttention
     assert not any(m._forward_pre_hooks for m in model.modules())
     found.undo()
+
+
+def test_a_module_that_is_told_not_to_call_torchs_function():
+    found = fa.convert(nn.Sequential(Told(), Calls()))
+    assert [entry.state for entry in found.entries] == ["left", "sdpa"]
+    assert "while its fused_attn is False" in found.entries[0].why
 
 
 def test_the_fused_encoder_layer_is_not_taken():

@@ -584,6 +584,15 @@ def test_exports():
         assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*(jit.trace|is_fx_tracing|TracerWarning).*")
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_trace_is_refused(need_weights):
+    ours = fa.nn.MultiheadAttention(E, H)
+    x = torch.randn(S, N, E)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace cannot record .*; torch\.export\.export"):
+        torch.jit.trace(lambda x: ours(x, x, x, need_weights=need_weights)[0], (x,))
+
+
 @pytest.mark.compile
 def test_torchs_encoder_compiles_with_padding():
     torch._dynamo.reset()

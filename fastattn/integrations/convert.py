@@ -25,7 +25,8 @@ PRODUCT = re.compile(r"matmul|einsum|bmm|mm\(| @ |\.mT")
 ATTENTIVE = re.compile(r"attention|attn", re.IGNORECASE)
 PROJECTIONS = ("q", "k", "query", "key", "qkv", "to_q", "q_proj", "query_proj", "c_attn", "in_proj", "Wqkv", "in_proj_weight")
 SDPA = ("scaled_dot_product_attention", "multi_head_attention_forward")
-_BASE_OF_HOST = re.compile(r"transformers\.(?!models\.)")
+FLAG = "fused_attn"  # timm's: whether a module calls that function
+_BASE_OF_HOST = re.compile(r"(transformers|diffusers)\.(?!models\.)")
 REPLACED, INTERFACE, INSTALL, LEFT = "replaced", "interface", "sdpa", "left"
 
 
@@ -125,6 +126,8 @@ def _converted(name: str, module: nn.Module, found: Conversion) -> Entry | None:
             return Entry(name, cls.__name__, INTERFACE, "through transformers' attention interface")
         return Entry(name, cls.__name__, LEFT, f"it asks transformers' interface for {given!r}, which could not be changed")
     if any(word in text for word in SDPA):
+        if getattr(module, FLAG, None) is False:
+            return Entry(name, cls.__name__, LEFT, f"it computes its own softmax while its {FLAG} is False")
         return Entry(name, cls.__name__, INSTALL, "it calls torch's scaled_dot_product_attention: fastattn.install()")
     if _looks_like_attention(module, text):
         return Entry(name, cls.__name__, LEFT, "it computes its own softmax, and there is no adapter for its class")
@@ -173,7 +176,8 @@ def _remember(config: Any, found: Conversion) -> None:
 
 @functools.cache
 def source(cls: Any) -> str:
-    """The source of a module's class and of its parents, as far as there is one: not of torch's and transformers' bases."""
+    """The source of a module's class and of its parents, as far as there is one: not of torch's bases and of those that
+    transformers and diffusers have beside their models."""
     text = []
     for part in cls.__mro__:
         if part is object or part.__module__.startswith("torch.") or _BASE_OF_HOST.match(part.__module__):

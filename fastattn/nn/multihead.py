@@ -101,7 +101,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: an argument's shape or dtype does not fit, or is_causal came without attn_mask. It is an
                 AssertionError and a RuntimeError too, which are torch's errors for these.
+            NotImplementedError: torch.jit.trace is recording.
         """
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace cannot record fastattn.nn.MultiheadAttention; torch.export.export and torch.compile can"
+            )
         if query.is_nested or key.is_nested or value.is_nested:
             return ragged_forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
