@@ -79,7 +79,9 @@ def run(package, *tests):
 
 
 def test_without_a_fault_they_pass(tmp_path):
-    tests = dict.fromkeys(test for *_, test in MUTANTS.values())
+    """A copy is as good as the original, whose suites run all of these tests."""
+    tests = FEATURES + "test_dv_alone_and_dlse_alone", FEATURES + "test_dropout_bits_are_those_of_the_cpu[0]"
+    assert {*tests} <= {test for *_, test in MUTANTS.values()}
     done = run(copied(tmp_path), *tests)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert f"{len(tests)} passed" in done.stdout

@@ -377,7 +377,7 @@ def test_tuning_finds_writes_and_changes_nothing_else(tmp_path, capsys):
     before, arch = json.dumps(launch.tables()), triton_call.architecture(torch.device(DEVICE))
     table = launch.table_of(arch)
     try:
-        arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "0.3"]
+        arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "0.1"]
         assert cli.main(["tune", *arguments, "--out", str(tmp_path)]) == 0
         assert "dq" in capsys.readouterr().out
         written = json.loads((tmp_path / f"{arch}.json").read_text())
