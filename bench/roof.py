@@ -25,8 +25,12 @@ class Roof:
     bandwidth: float
 
     def seconds(self, dtype: str, flops: float, moved: float) -> float:
-        """The least time in which a pass could do this arithmetic and move these bytes."""
-        return max(flops / self.flops[dtype], moved / self.bandwidth)
+        """The least time in which a pass could do this arithmetic and move these bytes.
+
+        Half precision may be widened first: where a processor has no products for it, float32's are the roof.
+        """
+        wide = self.flops.get("float32", 0.0) if dtype in ("float16", "bfloat16") else 0.0
+        return max(flops / max(self.flops[dtype], wide), moved / self.bandwidth)
 
     def json(self) -> dict[str, Any]:
         return {"flops": self.flops, "bandwidth": self.bandwidth}
@@ -36,7 +40,7 @@ def measure(device: str, dtypes: set[torch.dtype]) -> Roof:
     """Medians over a few products and copies, with the threads that torch has now; on a CPU in the process's time."""
     n = MATRIX[device]
     rates = {}
-    for dtype in sorted(dtypes, key=str):
+    for dtype in sorted(dtypes | {torch.float32}, key=str):
         a = torch.randn(n, n, device=device).to(dtype)
         b = torch.randn(n, n, device=device).to(dtype)
         rates[str(dtype)[6:]] = 2 * n**3 / _median(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]

@@ -364,6 +364,8 @@ def test_the_roof():
     found = roof.Roof({"float32": 1e9}, 1e8)
     assert found.seconds("float32", 2e9, 1.0) == 2.0
     assert found.seconds("float32", 1.0, 3e8) == 3.0
+    assert roof.Roof({"float32": 1e9, "bfloat16": 1e6}, 1e8).seconds("bfloat16", 2e9, 1.0) == 2.0
+    assert roof.Roof({"float32": 1e9, "bfloat16": 1e10}, 1e8).seconds("bfloat16", 2e10, 1.0) == 2.0
     w = workloads.Workload("", "", 1, 4, 2, 10, 8)
     assert roof.bytes_moved(w, "forward") == 4 * 10 * 8 * (4 + 2 + 2 + 4)
 
