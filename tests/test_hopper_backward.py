@@ -7,8 +7,6 @@ import cases
 import pytest
 import torch
 from bars import assert_within, errors
-from device_cases import Square, Tilt
-from gluon_simulator import simulate
 from processes import overlay, python
 from test_triton import needs_compiler
 
@@ -18,6 +16,9 @@ from fastattn.backends import hopper, hopper_backward, reference, tiled, triton,
 from fastattn.devtools import offline
 
 pytestmark = needs_compiler
+if hopper.gluon.PRESENT:
+    from device_cases import Square, Tilt
+    from gluon_simulator import simulate
 
 # name -> (mask, score, (B, Hq, Hkv, Lq, Lk, head_dim, v's), options)
 CALLS = {

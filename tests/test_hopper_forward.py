@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from bars import UNIT, assert_within, errors
-from device_cases import Square, Tilt
 from processes import overlay, python
 from test_hopper_backward import problem
 from test_triton import needs_compiler
@@ -21,6 +20,7 @@ from fastattn.devtools import offline, sass
 from fastattn.kernels.hopper.schedule import key_step, key_walks, work_item
 
 if hopper.gluon.PRESENT:
+    from device_cases import Square, Tilt
     from gluon_simulator import simulate
 
 # name -> (mask, score, (B, Hq, Hkv, Lq, Lk, head_dim, v's), options)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from bars import assert_within
-from gluon_simulator import simulate
 from test_hopper_backward import cotangents, exact, problem
 from test_triton import needs_compiler
 
@@ -18,6 +17,8 @@ from fastattn.backends import hopper, hopper_backward, hopper_call, tiled, trito
 from fastattn.kernels import launch
 
 pytestmark = needs_compiler
+if hopper.gluon.PRESENT:
+    from gluon_simulator import simulate
 HOPPER = Path(launch.__file__).parent / "hopper"
 SEEDS = 8
 WAIT = "            acc, p = warpgroup_mma_wait(0, deps=(acc, ahead))\n"
