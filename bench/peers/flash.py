@@ -23,7 +23,12 @@ class Flash(Peer):
 
     def arguments(self, w: Workload, x: Inputs) -> dict[str, Any]:
         """Of a call beyond tensors, scale and causal."""
-        return {}
+        found: dict[str, Any] = {}
+        if w.window:
+            found["window_size"] = (w.window - 1, 0)
+        if w.softcap is not None:
+            found["softcap"] = w.softcap
+        return found
 
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The dense function and the packed one."""
@@ -63,14 +68,7 @@ class Flash2(Flash):
         return reason
 
     def arguments(self, w: Workload, x: Inputs) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if w.window:
-            found["window_size"] = (w.window - 1, 0)
-        if w.softcap is not None:
-            found["softcap"] = w.softcap
-        if w.alibi:
-            found["alibi_slopes"] = x.params["slopes"][0].float()
-        return found
+        return super().arguments(w, x) | ({"alibi_slopes": x.params["slopes"][0].float()} if w.alibi else {})
 
 
 class Flash3(Flash):
@@ -81,14 +79,6 @@ class Flash3(Flash):
     features = frozenset(["window", "documents", "softcap", "grouped heads"])
     dtypes = ("bfloat16",)
     passes = ("forward",)
-
-    def arguments(self, w: Workload, x: Inputs) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if w.window:
-            found["window_size"] = (w.window - 1, 0)
-        if w.softcap is not None:
-            found["softcap"] = w.softcap
-        return found
 
 
 class Flash4(Flash):
@@ -108,14 +98,7 @@ class Flash4(Flash):
         return reason
 
     def arguments(self, w: Workload, x: Inputs) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if w.window:
-            found["window_size"] = (w.window - 1, 0)
-        if w.softcap is not None:
-            found["softcap"] = w.softcap
-        if w.sinks:
-            found["learnable_sink"] = x.params["sinks"][0].to(torch.bfloat16)
-        return found
+        return super().arguments(w, x) | ({"learnable_sink": x.params["sinks"][0].to(torch.bfloat16)} if w.sinks else {})
 
 
 def _first(out: Any) -> Tensor:
