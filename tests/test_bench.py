@@ -607,7 +607,7 @@ def stand_ins():
 def test_peers_that_need_cuda_are_called_as_they_want_it(monkeypatch, peer):
     """Layouts, scale, windows and packing reach a stand-in of each peer's signature as they should."""
     known, real = stand_ins(), importlib.import_module
-    monkeypatch.setattr("importlib.import_module", lambda name, *rest: known[name] if name in known else real(name, *rest))
+    monkeypatch.setattr(importlib, "import_module", lambda name, package=None: known.get(name) or real(name, package))
     called = 0
     for w in sorted(set(SMALL + KINDS), key=lambda w: w.name):
         w = replace(w, dtype=torch.bfloat16, head_dim=16)
