@@ -1,8 +1,9 @@
 """Two runs of the same cells set side by side: what became slower or faster, and what only the machine did.
 
 A cell's figure is our time over a peer's, both taken in turns in the same run, so that a slower machine moves neither. The
-change of a cell is the quotient of the two runs' figures. What the peers' own figures changed by, one against the other, is
-noise: nobody touched them. A change counts where the two runs' intervals lie apart and it is larger than that noise.
+change of a cell is the quotient of the two runs' figures: the smallest one, where all peers agree on its direction. What the
+peers' own figures changed by, one against the other, is noise: nobody touched them. A change counts where the two runs'
+intervals lie apart and it is larger than that noise.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ NOISES = 3.0  # of the peers' own
 
 @dataclass(frozen=True)
 class Change:
-    """One cell in two runs. factor: how many times longer we take in the second, measured against the same peers."""
+    """One cell in two runs.
+
+    factor: how many times longer we take in the second, at least, measured against the same peers; 1 where they disagree.
+    """
 
     cell: str
     before: float
@@ -91,7 +95,8 @@ def _change(name: str, a: Row, b: Row, noise: float) -> Change:
         factors.append(after / before)
         mine = [sorted(row.times[OURS.name].seconds) for row in (a, b)]
         apart = mine[0][-1] < mine[1][0] or mine[1][-1] < mine[0][0]
-    return Change(name, before, after, statistics.median(factors), apart, noise)
+    agreed = all(f > 1 for f in factors) or all(f < 1 for f in factors)
+    return Change(name, before, after, min(factors, key=lambda f: abs(math.log(f))) if agreed else 1.0, apart, noise)
 
 
 def _peers(a: Row, b: Row) -> list[str]:

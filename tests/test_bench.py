@@ -440,6 +440,15 @@ def test_a_slower_cell_is_found_between_runs():
     assert "12 of 12 cells show no change" in compare.text(compare.compare(planted(), planted()))
 
 
+def test_peers_that_disagree_tell_nothing():
+    """One peer alone became slower, as where memory is short: ours did not become faster."""
+    after = planted(1.2)
+    for row in after["forward"]:
+        peer = row["peers"]["plain"]
+        peer["rounds"] = [1.6 * s for s in peer["rounds"]]
+    assert {c.verdict for c in compare.compare(planted(), after)} == {"same"}
+
+
 def test_noise_hides_a_change_rather_than_making_one():
     assert {c.verdict for c in compare.compare(planted(noise=0.3), planted(1.05, noise=0.3))} == {"same"}
 
