@@ -57,16 +57,19 @@ def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _joined(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    def kept_up(name: str) -> bool:
-        ours = [cell["peers"].get(OURS.name) for cell in cells]
-        theirs = [cell["peers"].get(name) for cell in cells]
-        return all(a and b and len(a["rounds"]) == len(b["rounds"]) for a, b in zip(ours, theirs))
+    def rounds(name: str) -> list[int]:
+        return [len(cell["peers"][name]["rounds"]) for cell in cells]
 
+    names = [name for name in cells[0]["peers"] if all(name in cell["peers"] for cell in cells)]
+    kept_up = [name for name in names if OURS.name in names and rounds(name) == rounds(OURS.name)]
+    if len(kept_up) > 1:  # somebody beside us
+        names = kept_up
+    lengths = [min(found) for found in zip(*(rounds(name) for name in names))]
     peers = {}
-    for name, first in cells[0]["peers"].items():
-        if kept_up(name):
-            joined = {key: [s for cell in cells for s in cell["peers"][name][key]] for key in ("rounds", "walls")}
-            peers[name] = {**first, **joined}
+    for name in names:
+        parts = list(zip(cells, lengths))
+        joined = {key: [s for cell, n in parts for s in cell["peers"][name][key][:n]] for key in ("rounds", "walls")}
+        peers[name] = {**cells[0]["peers"][name], **joined}
     return {**cells[0], "peers": peers}
 
 

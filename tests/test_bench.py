@@ -474,6 +474,9 @@ def test_turns_are_joined():
     runs = [planted(), planted()]
     runs[1]["forward"][0]["peers"]["plain"]["rounds"] = [1.0]  # it was too slow for more
     assert set(revisions.merged(runs)["forward"][0]["peers"]) == {"fastattn", "sdpa"}
+    runs[1]["forward"][0]["peers"]["sdpa"]["rounds"] = [1.0, 2.0]  # nobody kept up: the rounds that all took part in
+    whole = revisions.merged(runs)["forward"][0]["peers"]
+    assert {name: len(peer["rounds"]) for name, peer in whole.items()} == {"fastattn": 16, "sdpa": 16, "plain": 16}
 
 
 def test_another_revision_runs_this_benchmark(monkeypatch, tmp_path):
