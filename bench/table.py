@@ -109,7 +109,7 @@ def targets(rows: Sequence[TargetRow]) -> str:
         t = row.target
         times = [f"{x.median * 1e6:.0f} us" if t.overhead else f"{x.median * 1e3:.1f}" for x in (row.ours, row.torchs)]
         value = f"{row.value:+.1f} us" if t.overhead else f"{row.value:.2f}x"
-        bound = "" if t.bound is None else f"<= {t.bound:g} us" if t.overhead else f">= {t.bound:g}x"
+        bound = "" if row.bound is None else f"<= {row.bound:.0f} us" if t.overhead else f">= {row.bound:g}x"
         wall = "" if row.wall is None else f"{row.wall.value:.2f}x"
         direction = "fwd+bwd" if t.gradients else "fwd"
         lines.append([t.name, str(t.length), str(t.dtype)[6:], direction, *times, value, wall, bound, row.verdict])

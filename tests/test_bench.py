@@ -243,7 +243,9 @@ def test_verdicts():
     overhead = next(t for t in targets.targets() if t.overhead)
     row = targets.Row(overhead, times(30e-6, 30e-6), times(5e-6, 5e-6), None)
     assert row.value == pytest.approx(25.0)
-    assert row.verdict == "missed"
+    assert (row.bound, row.verdict) == (20.0, "missed")
+    slow = targets.Row(overhead, times(131e-6, 131e-6), times(106e-6, 106e-6), None)  # the same difference on half the speed
+    assert (slow.bound, slow.verdict) == (pytest.approx(40.0), "met")
     shown = next(t for t in targets.targets() if t.bound is None)
     assert targets.Row(shown, times(1.0, 1.0), times(0.1, 0.1), None).verdict == ""
     assert "missed" in table.targets([row])
