@@ -19,7 +19,8 @@ from .autograd import BWD
 from .backends.fused import VECTOR
 from .problem import rows_apart
 
-SMALL = 1 << 19  # score elements beyond which the host's work no longer shows
+SMALL = 1 << 23  # score elements beyond which the host's work no longer shows
+CAUSAL = 1 << 19  # the same of causal calls, which the long way cuts so that less is wasted above the diagonal
 TINY = 1 << 15  # elements of q, k and v that may live as long as the graph, where a Function would free them in its backward
 FEW = 128  # numbers that are quickly read one by one
 _forward = compat.fused_cpu_forward
@@ -37,7 +38,7 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
     if k_shape != shape and (causal or shape[:2] + shape[3:] != k_shape[:2] + k_shape[3:]):
         return None
     dim, dtype, size = shape[3], q.dtype, q.numel()
-    if not 0 < size * k_shape[2] <= SMALL * dim or dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
+    if not 0 < size * k_shape[2] <= (CAUSAL if causal else SMALL) * dim or dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
         return None
     if not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
