@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import fastattn as fa
 from fastattn import cli, functional
 from fastattn.backends import reference, tiled, triton, triton_call, triton_tiles
+from fastattn.bench import numerics
 from fastattn.devtools import tune
 from fastattn.kernels import launch
 
@@ -38,9 +39,11 @@ def exact(p):
     )
 
 
-def gradients(p, backend=triton, dlse=True, seed=1):
+def gradients(p, backend=triton, dlse=True, seed=1, do=None):
     g = torch.Generator().manual_seed(seed)
     out, lse, out_lo = triton.forward(p, True)
+    if do is not None:
+        return backend.backward(p, do, None, out, lse, out_lo)
     do = torch.randn(out.shape, generator=g).to(out)
     return backend.backward(p, do, torch.randn(lse.shape, generator=g).to(lse) if dlse else None, out, lse, out_lo)
 
@@ -293,6 +296,20 @@ def test_keys_with_a_mean():
     assert errors(dq, truth)[1] < 2.5e-3
     without_low = triton.backward(p, do, None, *triton.forward(p, True)[:2], q.new_empty(0)).q
     assert errors(without_low, truth)[1] < 1e-2  # the correction alone; without either about 1e-1
+
+
+@pytest.mark.parametrize(("data", "limit"), [(2, 2e-3), (3, 6e-3)], ids=["constant mean", "drifting mean"])
+def test_dq_before_it_is_rounded(data, limit):
+    """In float32 results, relative L2: rounding them to bf16 would be 1.7e-3 by itself. Written, they are these, rounded."""
+    *leaves, do = (x[:, :1].to(DEVICE) for x in numerics.inputs(numerics.DATA[data], 256))
+    with numerics.tiles(numerics.KERNELS):
+        sums, written = numerics.unrounded(leaves, do), gradients(problem(*leaves, fa.Causal()), do=do)
+    wide = [x.double().requires_grad_() for x in leaves]
+    out, _ = reference.attention(*wide, mask=fa.Causal().lower(256, 256), scale=64**-0.5)
+    truth = torch.autograd.grad(out, wide, do.double())
+    for x, rounded, exact, bar in zip(sums, written, truth, (limit, 2e-3, 2e-3), strict=False):
+        assert torch.equal(x.to(rounded.dtype), rounded)
+        assert errors(x, exact)[1] <= bar
 
 
 def test_dv_alone_and_dlse_alone():
