@@ -268,7 +268,8 @@ def test_everything_else_compiles(tmp_path, monkeypatch):
     import device_cases
 
     mask = fa.Dense(torch.ones(64, 64, dtype=torch.bool)) & device_cases.MASKS["custom"](1, 4, 64, 64)
-    p = offline.example(40, torch.float32, chain=True, mask=mask, dropout=0.1, n=64, params=True)
+    p = offline.example(40, torch.float32, mask=mask, dropout=0.1, n=64, params=True)
+    p = dataclasses.replace(p, scores=(fa.Softcap(3.0), fa.RelativeBias(torch.zeros(1, 4, 9))))
     p = dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
     found = offline.recorded(p, "sm_80", 2)
     for recorded in found:

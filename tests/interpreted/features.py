@@ -188,8 +188,24 @@ def test_gradients_of_parameters_at_scattered_coordinates(by_entry):
     p = problem(q, k, v, fa.Causal("bottom_right"), scores, coords=fa.Coordinates(q=rows, k=keys))
     assert not triton.falls_back(p)
     assert_grads(gradients(p), gradients(p, tiled), atol=2e-4, rtol=2e-5)
-    table = fa.RelativeBias(torch.zeros(9, device=DEVICE))
-    assert "relative" in str(triton.falls_back(problem(q, k, v, score=table, coords=fa.Coordinates(q=rows))))
+    shared = fa.Bias(torch.zeros(40, 40, device=DEVICE))
+    by_torch = triton.falls_back(problem(q, k, v, score=shared, coords=fa.Coordinates(q=rows.expand(2, -1).contiguous())))
+    assert "bias is shared by all" in str(by_torch)
+
+
+@pytest.mark.parametrize(("table", "n_q"), [((9,), 131), ((2, 2, 40), 17)], ids=["shared", "by entry"])
+def test_the_gradient_of_a_table_at_scattered_coordinates(table, n_q):
+    """Several programs to a table and to the rows; beyond both ends of it, and in a small one nearly everywhere."""
+    n_b = len(table) - 1 or 1
+    q, k, v = qkv(n_b=n_b, n_kv=1, n_q=n_q, n_k=5)
+    rows, keys = (torch.randint(n, shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+                  for n, shape in ((40, (n_b, n_q)), (60, (5,))))  # fmt: skip
+    scores = (fa.RelativeBias(cases.leaf(*table, dtype=torch.float32).detach().to(DEVICE)), fa.Softcap(3.0))
+    p = problem(q, k, v, fa.Causal("bottom_right"), scores, coords=fa.Coordinates(q=rows, k=keys))
+    assert not triton.falls_back(p)
+    with tune._table(triton_call.architecture(p.q.device), tune.Entry("grads", "", 32, 16), launch.Launch(16, 16, 1, 1)):
+        ours = gradients(p)
+    assert_grads(ours, gradients(p, tiled), atol=1e-4, rtol=2e-5)
 
 
 def test_any_strides():

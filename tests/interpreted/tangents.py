@@ -93,6 +93,17 @@ def test_tangents(mask, score, dtype, dropout, everything):
         assert relative < LIMIT[dtype] * loose or largest < 1e-5, (name, relative)
 
 
+def test_a_tables_tangent_at_scattered_coordinates():
+    g = torch.Generator().manual_seed(2)
+    rows, keys = (torch.randint(20, (n,), generator=g).to(DEVICE) for n in (9, 11))
+    p = problem("bottom_right", "relative", torch.float32, n_q=9, n_k=11, coords=fa.Coordinates(q=rows, k=keys))
+    assert not triton.falls_back(p)
+    directions = random_like(p.q, p.k, p.v, p.sinks, *p.params)
+    for x, y in zip(*both(p, Tangents(*directions[:3], directions[4:], directions[3]), True), strict=True):
+        largest, relative = errors(x, y)
+        assert relative < 3e-6 or largest < 1e-5, relative
+
+
 @each
 def test_tangents_of_tangents(mask, score, dtype, dropout, everything):
     """Along two directions and both; or q's and a parameter's along the first, k's and the sinks' along the second alone."""
