@@ -262,6 +262,25 @@ def test_what_no_row_sees_may_hold_anything(bad):
             assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", ["key", "query", "sink"])
+def test_what_is_not_finite_reaches_the_rows_that_see_it(bad):
+    """Their lse too, which does not say that they see nothing, and every gradient that they are part of."""
+    q, k, v = qkv(n_h=1, n_kv=1, n_q=19, n_k=19, head_dim=8)
+    sinks = torch.full((1,), torch.nan if bad == "sink" else 1.0, device=DEVICE)
+    if bad != "sink":
+        {"key": k, "query": q}[bad][0, 0, 9] = torch.inf if bad == "key" else torch.nan
+    p = problem(q, k, v, fa.SlidingWindow(3, 0, "top_left"), sinks=sinks)
+    out, lse, low = triton.forward(p, True)
+    assert_close((out, lse), tuple(x.float() for x in exact(p)), equal_nan=True, **BAR)
+    rows = lse[0, 0].isnan().cpu()
+    keys = fa.SlidingWindow(3, 0, "top_left").to_dense(19, 19)[0, 0][rows].any(0)
+    grads = triton.backward(p, torch.ones_like(out), None, out, lse, low)
+    assert rows.sum() == {"key": 4, "query": 1, "sink": 19}[bad]
+    assert grads.q[0, 0][rows].isnan().all()
+    assert grads.k[0, 0][keys].isnan().all()
+    assert grads.v[0, 0][keys].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_repeats_bit_for_bit_and_writes_everything(dtype, monkeypatch):
     """Outputs start as NaN; what a first and a second run write is equal, gradients of parameters included."""
