@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,11 @@ LENGTH, HEAD_DIM, HEADS = 1024, 64, 2
 GRADIENTS = ("dq", "dk", "dv")
 KERNELS = "fastattn triton"
 UNROUNDED = f"{KERNELS}, float32 results"
+WITHOUT = {  # which of (O's low half, the zero sum) the same kernels keep
+    "without the zero sum": (True, False),
+    "without O's low half": (False, True),
+    "without either": (False, False),
+}
 TILES = "sm_90"  # whose tiles the interpreter takes here: it is as slow as they are many
 
 Gradients = Callable[[list[Tensor], Tensor], tuple[Tensor, ...]]  # ([q, k, v], do) -> (dq, dk, dv)
@@ -82,7 +88,7 @@ def candidates(device: str, compiled: bool = True) -> dict[str, Gradients]:
             continue
         found[f"fastattn {name}"] = _by(lambda q, k, v, name=name: attention(q, k, v, mask=Causal(), backend=name))  # type: ignore[misc]
         if name == "triton":
-            found[UNROUNDED] = unrounded
+            found |= {UNROUNDED: unrounded, **{what: partial(dq_without, steps) for what, steps in WITHOUT.items()}}
     w = Workload("", "", 1, HEADS, HEADS, LENGTH, HEAD_DIM, torch.bfloat16, causal=True)
     for peer in PEERS:
         if peer in (OURS, PLAIN) or peer.unavailable(device) or peer.cannot(w, device, "forward+backward"):
@@ -99,6 +105,16 @@ def unrounded(leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:
     return tuple(triton.backward(p, do, None, *triton.forward(p, True), dtype=torch.float32)[:3])
 
 
+def dq_without(steps: tuple[bool, bool], leaves: list[Tensor], do: Tensor) -> tuple[Tensor]:
+    """The kernels' dq in float32 without a step of WITHOUT; a batch-invariant call has no zero sum."""
+    low, zero_sum = steps
+    q, k, v = leaves
+    p = functional.problem(q, k, v, Causal(), (), None, None, 0.0, "triton", None, None)
+    out, lse, out_lo = triton.forward(p, True)
+    p, out_lo = replace(p, invariant=not zero_sum), out_lo if low else q.new_empty(0)
+    return (triton.gradients(p, do, None, out, lse, out_lo, triton.dq_pass, torch.float32).q,)
+
+
 def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
     """Rows as they are ready: every implementation on every kind of data; errors are nan where it failed."""
     everyone = candidates(device, compiled)
@@ -109,7 +125,7 @@ def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
             try:
                 with tiles(who):
                     found = gradients(leaves, do)
-                errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+                errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
             except Exception:  # a peer's failure is a cell of the table
                 errors = [float("nan")] * len(GRADIENTS)
             yield Row(data.name, who, dict(zip(GRADIENTS, errors)))
@@ -117,7 +133,7 @@ def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
 
 def tiles(who: str) -> AbstractContextManager[Any]:
     """In the interpreter the kernels have a GPU's tiles here."""
-    own = shim.INTERPRETED and who.startswith(KERNELS)
+    own = shim.INTERPRETED and who.startswith((KERNELS, "without"))
     return mock.patch.object(triton_call, "architecture", return_value=TILES) if own else nullcontext()
 
 

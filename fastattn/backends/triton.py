@@ -150,11 +150,12 @@ def gradients(
 
 def two_passes(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """dq, then dk and dv, each sum with one owner and one order."""
-    _launch_dq(p, call, rows, dq)
+    dq_pass(p, call, rows, dq)
     _launch_dkdv(p, call, rows, dk, dv)
 
 
-def _launch_dq(p: Problem, call: Call, rows: Statistics, dq: Tensor) -> None:
+def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor) -> None:
+    """dq alone."""
     how = config(p, "dq")
     triton_call.run(
         backward_kernels.backward_dq, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, rows.do, rows.lse2,
