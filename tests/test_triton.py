@@ -419,3 +419,10 @@ def test_float32_products_follow_torchs_setting(setting, products):
     used = [launch for launch in found if launch.kernel.__name__ not in ("row_delta", "span_bounds")]
     assert len(used) >= 8
     assert all(products in launch.args for launch in used)
+
+
+def test_what_an_offset_inside_a_tile_cannot_span_is_copied():
+    apart = lambda stride: torch.empty_strided((1, 1, 4, 8), (0, 0, stride, 1), device="meta")
+    assert triton_call.reachable(apart(1 << 23)).stride(2) == 8
+    assert triton_call.reachable(apart((1 << 23) - 1)).stride(2) == (1 << 23) - 1
+    assert max(high for _, high in tune.LIMITS[:2]) <= triton_call.TALLEST
