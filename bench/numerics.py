@@ -2,23 +2,40 @@
 
 Rounding O to bf16 before delta = dO.O, and P (dP - delta) to bf16 before the product with the keys, leaves row sums that
 are exactly 0 a little off 0, and what is off is multiplied by the mean key. Real keys have one.
+
+Rounding the result to bf16 is 1.7e-3 of every figure. The kernels have a row without it too: what they sum, stored in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .. import Causal, attention, dispatch, explain
+from .. import Causal, attention, dispatch, explain, functional
+from ..backends import triton, triton_call
+from ..kernels import shim
 from .peers import OURS, PEERS, PLAIN, Peer
 from .workloads import Inputs, Workload
 
 LENGTH, HEAD_DIM, HEADS = 1024, 64, 2
 GRADIENTS = ("dq", "dk", "dv")
+KERNELS = "fastattn triton"
+UNROUNDED = f"{KERNELS}, float32 results"
+WITHOUT = {  # which of (O's low half, the zero sum) the same kernels keep
+    "without the zero sum": (True, False),
+    "without O's low half": (False, True),
+    "without either": (False, False),
+}
+TILES = "sm_90"  # whose tiles the interpreter takes here: it is as slow as they are many
+
+Gradients = Callable[[list[Tensor], Tensor], tuple[Tensor, ...]]  # ([q, k, v], do) -> (dq, dk, dv)
 
 
 @dataclass(frozen=True)
@@ -60,23 +77,42 @@ def inputs(data: Data, n: int = LENGTH, device: str = "cpu") -> tuple[Tensor, ..
     return tuple(x.bfloat16() for x in (q, k + data.key * direction * along, v + data.value, do))
 
 
-def candidates(device: str, compiled: bool = True) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Causal attention by every backend of ours that runs here and by every peer that has a backward."""
+def candidates(device: str, compiled: bool = True) -> dict[str, Gradients]:
+    """The gradients of causal attention by every backend of ours that runs here and by every peer that has a backward."""
     x = torch.empty(1, 1, 1, HEAD_DIM, dtype=torch.bfloat16, device=device)
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    found: dict[str, Gradients] = {}
     for name in dispatch.BACKENDS:
         try:
             explain(x, x, x, backend=name)
         except (ValueError, ImportError):
             continue
-        found[f"fastattn {name}"] = lambda q, k, v, name=name: attention(q, k, v, mask=Causal(), backend=name)  # type: ignore[misc]
+        found[f"fastattn {name}"] = _by(lambda q, k, v, name=name: attention(q, k, v, mask=Causal(), backend=name))  # type: ignore[misc]
+        if name == "triton":
+            found |= {UNROUNDED: unrounded, **{what: partial(dq_without, steps) for what, steps in WITHOUT.items()}}
     w = Workload("", "", 1, HEADS, HEADS, LENGTH, HEAD_DIM, torch.bfloat16, causal=True)
     for peer in PEERS:
         if peer in (OURS, PLAIN) or peer.unavailable(device) or peer.cannot(w, device, "forward+backward"):
             continue
         if compiled or not peer.compiles:
-            found[peer.name] = lambda q, k, v, peer=peer: _by_peer(peer, w, q, k, v)  # type: ignore[misc]
+            found[peer.name] = _by(lambda q, k, v, peer=peer: _by_peer(peer, w, q, k, v))  # type: ignore[misc]
     return found
+
+
+def unrounded(leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:
+    """What the Triton kernels sum, in float32: the backward that autograd calls, into wider results."""
+    q, k, v = leaves
+    p = functional.problem(q, k, v, Causal(), (), None, None, 0.0, "triton", None, None)
+    return tuple(triton.backward(p, do, None, *triton.forward(p, True), dtype=torch.float32)[:3])
+
+
+def dq_without(steps: tuple[bool, bool], leaves: list[Tensor], do: Tensor) -> tuple[Tensor]:
+    """The kernels' dq in float32 without a step of WITHOUT; a batch-invariant call has no zero sum."""
+    low, zero_sum = steps
+    q, k, v = leaves
+    p = functional.problem(q, k, v, Causal(), (), None, None, 0.0, "triton", None, None)
+    out, lse, out_lo = triton.forward(p, True)
+    p, out_lo = replace(p, invariant=not zero_sum), out_lo if low else q.new_empty(0)
+    return (triton.gradients(p, do, None, out, lse, out_lo, triton.dq_pass, torch.float32).q,)
 
 
 def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
@@ -85,13 +121,24 @@ def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
     for data in DATA:
         *leaves, do = inputs(data, n, device)
         exact = _gradients(_plain, [x.double() for x in leaves], do.double())
-        for who, attend in everyone.items():
+        for who, gradients in everyone.items():
             try:
-                found = _gradients(attend, leaves, do)
-                errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+                with tiles(who):
+                    found = gradients(leaves, do)
+                errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
             except Exception:  # a peer's failure is a cell of the table
                 errors = [float("nan")] * len(GRADIENTS)
             yield Row(data.name, who, dict(zip(GRADIENTS, errors)))
+
+
+def tiles(who: str) -> AbstractContextManager[Any]:
+    """In the interpreter the kernels have a GPU's tiles here."""
+    own = shim.INTERPRETED and who.startswith((KERNELS, "without"))
+    return mock.patch.object(triton_call, "architecture", return_value=TILES) if own else nullcontext()
+
+
+def _by(attend: Callable[..., Tensor]) -> Gradients:
+    return lambda leaves, do: _gradients(attend, leaves, do)
 
 
 def _by_peer(peer: Peer, w: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

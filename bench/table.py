@@ -131,7 +131,8 @@ def numerics(rows: Sequence[NumericsRow]) -> str:
     """Every implementation's errors, by the data."""
     lines, last = [], ""
     for row in rows:
-        lines.append(["" if row.data == last else row.data, row.who, *(f"{e:.1e}" for e in row.errors.values())])
+        errors = (f"{row.errors[name]:.1e}" if name in row.errors else "" for name in rows[0].errors)
+        lines.append(["" if row.data == last else row.data, row.who, *errors])
         last = row.data
     return markdown(["bf16, causal", "", *rows[0].errors], lines)
 

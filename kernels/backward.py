@@ -34,7 +34,7 @@ def row_delta(
         total -= tl.load(dlse + (b * n_h + h) * n_q + q_idx, mask=ok, other=0.0)
     row = (b * n_h + h) * n_pad + q_idx
     row_lse = tl.load(lse + (b * n_h + h) * n_q + q_idx, mask=ok, other=float("-inf"))
-    seen = row_lse > float("-inf")
+    seen = row_lse != float("-inf")
     tl.store(delta + row, tl.where(seen, total, 0.0))
     tl.store(lse2 + row, tl.where(seen, row_lse * LOG2E, float("inf")))
 

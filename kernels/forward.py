@@ -86,7 +86,7 @@ def forward(
     if sinks is not None:
         sink = tl.load(sinks + b * strides[5][0] + h * strides[5][1]).to(tl.float32) * LOG2E
         row_max = tl.maximum(row_max, sink)
-        row_sum += tl.where(sink > float("-inf"), 1.0, 0.0)
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0 + 0.0 * sink)  # a NaN is not lost in the maximum
     out_sum = row_sum
     for r in tl.range(0, SPANS, num_stages=1):
         start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
@@ -107,5 +107,5 @@ def forward(
     if out_lo is not None:
         low = acc - rounded(acc, out.dtype.element_ty).to(tl.float32)
         store_rows(head_of(out_lo, b, h, strides[4]), low, q0, strides[4], n_q, BLOCK_Q, DIMS[2], DIMS[3])
-    row_lse = tl.where(row_sum > 0.0, (row_max + tl.log2(row_sum)) * LN2, float("-inf"))
+    row_lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
     tl.store(lse + (b * n_h + h) * n_q + q_idx, row_lse, mask=ok)

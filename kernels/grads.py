@@ -5,6 +5,8 @@ and summed with one owner a sum.
     keys       sums over rows: one value per entry, head and key
     rows       sums over keys, of g times the modifier's weight: one value per entry, head and row
     diagonals  square tiles with the same k - q, summed over all of them: the diagonals of what is stored are the answer
+    table      g by the entry of the parameter that a pair belongs to, whatever the pair's place: a program owns BLOCK_K entries
+               and some rows, and skips the tiles without a pair of its own
 """
 
 from .backward import weights
@@ -15,6 +17,8 @@ from .masks import predicates, row_spans
 from .shim import jit, kernel, tl
 from .tangents import tangent_tile
 from .tiles import dot, dot_add, head_of, load_rows
+
+PART = tl.constexpr(8)  # tiles of rows that a program goes over, whose sums are a table's
 
 
 @jit
@@ -27,6 +31,8 @@ def walk(tile, n_q, n_k, SHAPE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl
         return tile * 0, tile * BLOCK_K, BLOCK_Q, 0, q_tiles
     elif SHAPE == "rows":
         return tile * BLOCK_Q, tile * 0, 0, BLOCK_K, k_tiles
+    elif SHAPE == "table":
+        return tile * (PART * BLOCK_Q), tile * 0, BLOCK_Q, BLOCK_K, tl.minimum(PART, q_tiles - tile * PART) * k_tiles
     else:
         ahead = tile - (q_tiles - 1)
         first = tl.maximum(-ahead, 0)
@@ -121,16 +127,29 @@ def gradient_tile(
     return g
 
 
+@jit
+def add_by_entry(total, g, entry, first, BLOCK_K: tl.constexpr):
+    """total [BLOCK_Q, BLOCK_K] with g added up, row by row, in the columns of its entries, where column 0 is entry `first`."""
+    column = tl.arange(0, BLOCK_K)[None, :]
+    lowest, highest = tl.min(tl.min(entry, 1), 0), tl.max(tl.max(entry, 1), 0)
+    for one in tl.range(tl.maximum(lowest, first), tl.minimum(highest + 1, first + BLOCK_K), num_stages=1):
+        row = tl.sum(tl.where(entry == one, g, 0.0), 1)
+        total += tl.where(column == one - first, row[:, None], 0.0)
+    return total
+
+
 @kernel
 def score_grads(
     q, k, v, do, lse2, delta, grads, data, weight_args, moved, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b,
-    n_pad, entries, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
+    n_pad, entries, n_table, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr,
     GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-    BEHIND: tl.constexpr, WEIGHT: tl.constexpr, SHAPE: tl.constexpr, KEEP_B: tl.constexpr, KEEP_H: tl.constexpr,
+    BEHIND: tl.constexpr, WEIGHT: tl.constexpr, ENTRY: tl.constexpr, SHAPE: tl.constexpr, KEEP_B: tl.constexpr,
+    KEEP_H: tl.constexpr,
 ):  # fmt: skip
     """One program's sum, for one kept entry and head. grads, float32: (B|1, H|1, n_q, n_k), (B, H, n_k), (B, H, n_q), or
-    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K). strides: q, k, v, do. entries: how many there are, B. moved and PUSHED: () for the
-    gradient; for its tangent moved is ((tq, tk, tv, tdo), their strides, tlse, tdelta, tscores)."""
+    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K) or, for n_table entries, (B|1, H|1, parts of the rows, n_table). strides: q, k, v, do.
+    entries: how many there are, B. moved and PUSHED: () for the gradient; for its tangent moved is ((tq, tk, tv, tdo), their
+    strides, tlse, tdelta, tscores)."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     BLOCK_K: tl.constexpr = BLOCKS[1]
     size = (n_q, n_k, start, stop, q_at, k_at)
@@ -141,9 +160,13 @@ def score_grads(
         n_tiles = k_tiles
     elif SHAPE == "rows":
         n_tiles = q_tiles
+    elif SHAPE == "table":
+        n_tiles = tl.cdiv(q_tiles, PART)
     else:
         n_tiles = q_tiles + k_tiles - 1
-    tile, kept_head = tl.program_id(0) % n_tiles, (tl.program_id(0) // n_tiles).to(tl.int64)
+    n_blocks = tl.cdiv(n_table, BLOCK_K)  # 1 but for a table
+    first_entry, program = tl.program_id(0) % n_blocks * BLOCK_K, tl.program_id(0) // n_blocks
+    tile, kept_head = program % n_tiles, (program // n_tiles).to(tl.int64)
     first_row, first_key, row_step, key_step, steps = walk(tile, n_q, n_k, SHAPE, BLOCK_Q, BLOCK_K)
     # the entries and heads that share this sum
     b_count, h_count = (1 if KEEP_B else entries), (1 if KEEP_H else n_h)
@@ -154,11 +177,25 @@ def score_grads(
         b, h = kept_b + each // h_count, kept_h + each % h_count
         row = (b * n_h + h) * n_pad
         for step in tl.range(0, steps, num_stages=1):
-            total += gradient_tile(
-                q, k, v, do, lse2, delta, strides, first_row + step * row_step, first_key + step * key_step, b, h, row,
-                scale, size, n_b, data, weight_args, moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS,
-                PRECISION, BEHIND, WEIGHT,
-            )  # fmt: skip
+            if SHAPE == "table":
+                q0, k0 = first_row + step // k_tiles * row_step, step % k_tiles * key_step
+                near_q = tl.minimum(q0 + tl.arange(0, BLOCK_Q), n_q - 1)[:, None]
+                near_k = tl.minimum(k0 + tl.arange(0, BLOCK_K), n_k - 1)[None, :]
+                at = place(data[1], b, h, near_q, near_k, size, n_b, FLAGS)
+                entry = ENTRY(at, weight_args)
+                own = (entry >= first_entry) & (entry < first_entry + BLOCK_K)
+                if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
+                    g = gradient_tile(
+                        q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved,
+                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT,
+                    )  # fmt: skip
+                    total = add_by_entry(total, g, entry, first_entry, BLOCK_K)
+            else:
+                total += gradient_tile(
+                    q, k, v, do, lse2, delta, strides, first_row + step * row_step, first_key + step * key_step, b, h, row,
+                    scale, size, n_b, data, weight_args, moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS,
+                    BLOCKS, PRECISION, BEHIND, WEIGHT,
+                )  # fmt: skip
     q_idx, k_idx = first_row + tl.arange(0, BLOCK_Q), first_key + tl.arange(0, BLOCK_K)
     if SHAPE == "tile":
         to = grads + kept_head * n_q * n_k + q_idx.to(tl.int64)[:, None] * n_k + k_idx[None, :]
@@ -167,6 +204,9 @@ def score_grads(
         tl.store(grads + kept_head * n_k + k_idx, tl.sum(total, 0), mask=k_idx < n_k)
     elif SHAPE == "rows":
         tl.store(grads + kept_head * n_q + q_idx, tl.sum(total, 1), mask=q_idx < n_q)
+    elif SHAPE == "table":
+        own_entry = first_entry + tl.arange(0, BLOCK_K)
+        tl.store(grads + (kept_head * n_tiles + tile) * n_table + own_entry, tl.sum(total, 0), mask=own_entry < n_table)
     else:
         to = grads + (kept_head * n_tiles + tile) * (BLOCK_Q * BLOCK_K)
         tl.store(to + tl.arange(0, BLOCK_Q)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :], total)

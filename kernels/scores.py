@@ -61,11 +61,17 @@ def bias(at, args):
 
 
 @jit
+def relative_entry(at, args):
+    """clamp(k - q + offset)"""
+    n, offset = args[2], args[3]
+    return tl.minimum(tl.maximum(at[3] - at[2] + (offset[0] + offset[1]), 0), n[0] + n[1] - 1)
+
+
+@jit
 def relative(at, args):
     """table[entry, head, clamp(k - q + offset)]"""
-    x, strides, n, offset = args[0], args[1], args[2], args[3]
-    entry = tl.minimum(tl.maximum(at[3] - at[2] + (offset[0] + offset[1]), 0), n[0] + n[1] - 1)
-    return tl.load(plane_of(x, at[4], at[5], strides) + entry.to(tl.int64) * strides[2]).to(tl.float32)
+    x, strides = args[0], args[1]
+    return tl.load(plane_of(x, at[4], at[5], strides) + relative_entry(at, args).to(tl.int64) * strides[2]).to(tl.float32)
 
 
 @jit

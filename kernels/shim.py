@@ -19,7 +19,7 @@ except ImportError:
 
 
 # Sizes that change from call to call: a kernel is compiled once for all their values.
-SIZES = ("n_q", "n_k", "start", "stop", "q_at", "k_at", "n_b", "n_pad", "entries", "n_tiles")
+SIZES = ("n_q", "n_k", "start", "stop", "q_at", "k_at", "n_b", "n_pad", "entries", "n_tiles", "n_table")
 kernel = jit(do_not_specialize=SIZES)
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -106,7 +106,7 @@ def forward_jvp(
     tk, tv = head_of(tk, b, h // GROUP, strides[4]), head_of(tv, b, h // GROUP, strides[5])
     row = (b * n_h + h) * n_q + q_idx
     row_lse = tl.load(lse + row, mask=ok, other=float("-inf"))
-    lse2 = tl.where(row_lse > float("-inf"), row_lse * LOG2E, float("inf"))
+    lse2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
     acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
     mean, off = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     start_k, stop_k = row_spans(data[0], SPANS - 1, b, h, q_idx, ok, size, FLAGS)  # the means are of the last span's keys

@@ -133,7 +133,7 @@ def forward_jvp2(
     key_strides = strides[4:12]
     row = (b * n_h + h) * n_q + q_idx
     row_lse = tl.load(lse + row, mask=ok, other=float("-inf"))
-    lse2 = tl.where(row_lse > float("-inf"), row_lse * LOG2E, float("inf"))
+    lse2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
     one, two = tl.load(tlse1 + row, mask=ok, other=0.0), tl.load(tlse2 + row, mask=ok, other=0.0)
     acc = tl.zeros([BLOCK_Q, V_DIM], tl.float32)
     mean, off = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q], tl.float32)

@@ -59,6 +59,8 @@ MUTANTS = {
                             DENSE.format("two tensors")),
     "the map of a gradient": ("grads.py", "one + q0 // BLOCKS[0], one + k0 // BLOCKS[1]",
                               "one + k0 // BLOCKS[1], one + q0 // BLOCKS[0]", DENSE.format("rows")),
+    "a block of a table": ("grads.py", "column == one - first, row", "column == one, row",
+                           FEATURES + "test_the_gradient_of_a_table_at_scattered_coordinates[by entry]"),
     "the shift of a tangent": ("tangents.py", "acc -= (mean - shift)[:, None] * o", "acc -= mean[:, None] * o",
                                TANGENTS + "test_keys_and_values_with_a_mean[False-False]"),
     "the zero sum of a tangent": ("tangents.py", "dq -= toff[:, None] * mean_k[None, :] + off[:, None] * mean_tk[None, :]",

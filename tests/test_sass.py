@@ -82,6 +82,11 @@ def test_what_is_allowed(old, new):
     assert sass.hazards(doctored(old, new)) == []
 
 
+@pytest.mark.parametrize(("name", "n"), [("LDSM.16.M88", 1), ("LDSM.16.MT88.2", 2), ("LDSM.16.M88.4", 4), ("LDS.128", 4)])
+def test_how_much_a_load_writes(name, n):
+    assert sass.written_and_read(sass.Instruction(0, "", name, ("R8", "[R2+0x10]"))) == (set(range(8, 8 + n)), {2})
+
+
 def test_kinds_that_come_in_turns_are_named_once():
     named = {"m": "HMMA.16816.F32", "l": "LDGSTS.E", "e": "MUFU.EX2", "b": "BAR.SYNC"}
     order = lambda text: sass.order([sass.Instruction(0, "", named[c], ("R0", "R1")) for c in text])

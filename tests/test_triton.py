@@ -268,7 +268,8 @@ def test_everything_else_compiles(tmp_path, monkeypatch):
     import device_cases
 
     mask = fa.Dense(torch.ones(64, 64, dtype=torch.bool)) & device_cases.MASKS["custom"](1, 4, 64, 64)
-    p = offline.example(40, torch.float32, chain=True, mask=mask, dropout=0.1, n=64, params=True)
+    p = offline.example(40, torch.float32, mask=mask, dropout=0.1, n=64, params=True)
+    p = dataclasses.replace(p, scores=(fa.Softcap(3.0), fa.RelativeBias(torch.zeros(1, 4, 9))))
     p = dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
     found = offline.recorded(p, "sm_80", 2)
     for recorded in found:
@@ -376,3 +377,52 @@ def test_lengths_of_a_dense_mask_are_four_variants():
     counts = {name: len(keys) for name, keys in variants.items()}
     assert max(counts[name] for name in counts if name != "tile_lists") <= 4, counts
     assert (counts["cell_map"], counts["tile_lists"]) == (2, 5)
+
+
+WAITING = {  # masks of tensors whose values are on the device
+    "causal": lambda on: fa.Causal(),
+    "lengths": lambda on: fa.Lengths(on(2)),
+    "documents": lambda on: fa.Documents(on(40)) & fa.Causal(),
+    "padding": lambda on: fa.Padding(on(2, 40).bool()),
+    "dense": lambda on: fa.Dense(on(1, 40).bool()) & fa.SlidingWindow(9, 0),
+    "spans": lambda on: fa.Spans(on(40), on(40)) | fa.SinkTokens(3),
+    "prefix": lambda on: fa.PrefixLM(on(2)),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", WAITING)
+def test_no_call_waits_for_the_device(name):
+    """With tensors that have no values to wait for: masks, coordinates, scores, sinks and dropout, to the second order."""
+    make = lambda *shape: torch.empty(*shape, device="meta")
+    on = lambda *shape: torch.empty(*shape, device="meta", dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="meta"):
+        on(1).item()
+    q, k = make(2, 4, 40, 16), make(2, 2, 40, 16)
+    scores = (fa.ALiBi(make(4)), fa.Bias(make(1, 1, 80, 80)), fa.Softcap(3.0), fa.RelativeBias(make(4, 9)))
+    coords = fa.Coordinates(q=on(40), k=2)
+    p = functional.problem(q, k, k, WAITING[name](on), scores, make(4), None, 0.1, "tiled", None, coords, draw=False)
+    rng = torch.empty(1, 2, dtype=torch.int64, device="meta")
+    found = offline.recorded(dataclasses.replace(p, rng=rng, param_grads=True), "sm_90", 2)
+    assert {"forward", "backward_dq", "forward_jvp2", "score_grads"} <= {launch.kernel.__name__ for launch in found}
+
+
+@needs_triton
+@pytest.mark.parametrize(("setting", "products"), [("highest", "ieee"), ("high", "tf32x3"), ("medium", "tf32")])
+def test_float32_products_follow_torchs_setting(setting, products):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        found = offline.recorded(offline.example(16, torch.float32, n=32, params=True, chain=True), "sm_90", 2)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    used = [launch for launch in found if launch.kernel.__name__ not in ("row_delta", "span_bounds")]
+    assert len(used) >= 8
+    assert all(products in launch.args for launch in used)
+
+
+def test_what_an_offset_inside_a_tile_cannot_span_is_copied():
+    apart = lambda stride: torch.empty_strided((1, 1, 4, 8), (0, 0, stride, 1), device="meta")
+    assert triton_call.reachable(apart(1 << 23)).stride(2) == 8
+    assert triton_call.reachable(apart((1 << 23) - 1)).stride(2) == (1 << 23) - 1
+    assert max(high for _, high in tune.LIMITS[:2]) <= triton_call.TALLEST

@@ -119,17 +119,20 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
 # Backward
 
 
-def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
-    """Gradients of q, k, v, the chain's parameters and the sinks."""
-    return gradients(p, do, dlse, out, lse, out_lo, two_passes)
+def backward(
+    p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Grads:  # fmt: skip
+    """Gradients of q, k, v, the chain's parameters and the sinks; those of q, k and v in `dtype`, their inputs' by default."""
+    return gradients(p, do, dlse, out, lse, out_lo, two_passes, dtype)
 
 
 def gradients(
     p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor,
-    passes: Callable[[Problem, Call, Statistics, Tensor, Tensor, Tensor], None],
+    passes: Callable[[Problem, Call, Statistics, Tensor, Tensor, Tensor], None], dtype: torch.dtype | None = None,
 ) -> Grads:  # fmt: skip
     """`backward`, whose dq, dk and dv `passes` fills in."""
-    dq, dk, dv = (empty_rows(x, tuple(x.shape)) for x in (p.q, p.k, p.v))
+    dq, dk, dv = (empty_rows(x, tuple(x.shape), dtype) for x in (p.q, p.k, p.v))
     call, rows = prepare(p), statistics(p, do, dlse, out, lse, out_lo)
     with on_device(p.q):
         passes(p, call, rows, dq, dk, dv)
@@ -147,11 +150,12 @@ def gradients(
 
 def two_passes(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """dq, then dk and dv, each sum with one owner and one order."""
-    _launch_dq(p, call, rows, dq)
+    dq_pass(p, call, rows, dq)
     _launch_dkdv(p, call, rows, dk, dv)
 
 
-def _launch_dq(p: Problem, call: Call, rows: Statistics, dq: Tensor) -> None:
+def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor) -> None:
+    """dq alone."""
     how = config(p, "dq")
     triton_call.run(
         backward_kernels.backward_dq, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, rows.do, rows.lse2,

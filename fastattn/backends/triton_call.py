@@ -18,6 +18,7 @@ from ..scores.base import plane_strides, wide_plane
 from .facts import facts
 
 REACH = 1 << 31  # elements that an offset inside a tile can span
+TALLEST = 256  # rows or keys of the largest tile that tuning tries
 PAD = 128  # rows of the backward's statistics are padded to a multiple of the largest query tile
 
 def architecture(device: torch.device) -> str:
@@ -84,7 +85,7 @@ def _functions(score: Score) -> tuple[Any, ...]:
 
 def reachable(x: Tensor) -> Tensor:
     """x, or a copy where the offsets inside a tile would not fit 32 bits."""
-    return x.contiguous() if PAD * x.stride(2) + x.shape[3] * x.stride(3) >= REACH else x
+    return x.contiguous() if TALLEST * x.stride(2) + x.shape[3] * x.stride(3) >= REACH else x
 
 
 def _mask_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[Any, ...], int, int, int]:

@@ -10,13 +10,15 @@ from torch import Tensor
 from ..kernels import grads as kernels
 from ..kernels.launch import Launch
 from ..problem import Problem
-from ..scores import Additive
+from ..scores import Additive, Score
 from ..scores.base import DeviceGradient
 from ..scores.relative import diagonal_sums
 from . import triton_call
 from .facts import facts
 from .triton_call import Call, cdiv, config, on_device
 from .triton_tiles import tile_pass
+
+PART = 8  # kernels/grads.py
 
 
 class Moved(NamedTuple):
@@ -41,14 +43,25 @@ def params_by_torch(p: Problem) -> str | None:
 
 def _scattered(p: Problem) -> str | None:
     """Why coordinates of rows or keys that come from tensors are more than the kernels' sums can serve, or None."""
-    given = [x for x in (p.coords.q, p.coords.k) if isinstance(x, Tensor)]
+    given = _given(p)
     for score in p.scores if given else ():
-        plan = score.device_gradient() if score.params else None
+        plan = _plan(p, score) if score.params else None
         if plan is not None and not plan.anywhere:
             return f"coordinates of rows or keys come from a tensor, and {score.name} sums along consecutive ones"
         if plan is not None and plan.shape == "tile" and not plan.keep_b and any(x.shape[0] > 1 for x in given):
             return f"coordinates differ by batch entry, and {score.name} is shared by all"
     return None
+
+
+def _given(p: Problem) -> list[Tensor]:
+    """The coordinates of rows and of keys that are tensors."""
+    return [x for x in (p.coords.q, p.coords.k) if isinstance(x, Tensor)]
+
+
+def _plan(p: Problem, score: Score) -> DeviceGradient | None:
+    """How kernels sum the gradient of a score's parameter where p's rows and keys stand."""
+    plan = score.device_gradient()
+    return plan.elsewhere if plan is not None and plan.elsewhere is not None and _given(p) else plan
 
 
 def param_grads(
@@ -61,12 +74,13 @@ def param_grads(
         if not score.params:
             continue
         assert isinstance(score, Additive)
-        plan = score.device_gradient()
+        plan = _plan(p, score)
         assert plan is not None
         own = how
         if plan.shape == "diagonals":  # square tiles
             own = how._replace(block_q=min(how.block_q, how.block_k), block_k=min(how.block_q, how.block_k))
-        tiles, shape = _sums(p, plan, own)
+        n_table = score.params[0].shape[-1] if plan.shape == "table" else 1
+        tiles, shape = _sums(p, plan, own, n_table)
         sums = torch.empty(shape, dtype=torch.float32, device=p.q.device)
         if sums.numel() == 0 or p.n_q == 0 or p.n_k == 0:
             found.append(torch.zeros_like(score.params[0]))
@@ -75,9 +89,10 @@ def param_grads(
             triton_call.run(
                 kernels.score_grads, tiles * shape[0] * shape[1], own, *call.operands, do, lse2, delta, sums,
                 tile_pass(call), score.device_args(), () if moved is None else tuple(moved), (*call.strides, do.stride()),
-                p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1), delta.shape[2], p.n_b, call.flags, call.predicates,
-                call.chain, pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims, (own.block_q, own.block_k),
-                call.precision, i + 1, plan.weight, plan.shape, plan.keep_b, plan.keep_h,
+                p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1), delta.shape[2], p.n_b, n_table, call.flags,
+                call.predicates, call.chain, pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
+                (own.block_q, own.block_k), call.precision, i + 1, plan.weight, plan.entry, plan.shape, plan.keep_b,
+                plan.keep_h,
             )  # fmt: skip
         q_at, k_at = (x if isinstance(x, Tensor) else n for x, n in zip((p.coords.q, p.coords.k), call.ints[4:], strict=True))
         if plan.shape == "diagonals":
@@ -86,7 +101,7 @@ def param_grads(
     return found
 
 
-def _sums(p: Problem, plan: DeviceGradient, how: Launch) -> tuple[int, list[int]]:
+def _sums(p: Problem, plan: DeviceGradient, how: Launch, n_table: int) -> tuple[int, list[int]]:
     """(tiles of an entry and head, the shape of the kernel's sums)"""
     n_b, n_h = p.n_b if plan.keep_b else 1, p.n_h if plan.keep_h else 1
     q_tiles, k_tiles = cdiv(p.n_q, how.block_q), cdiv(p.n_k, how.block_k)
@@ -96,6 +111,9 @@ def _sums(p: Problem, plan: DeviceGradient, how: Launch) -> tuple[int, list[int]
         return k_tiles, [n_b, n_h, p.n_k]
     if plan.shape == "rows":
         return q_tiles, [n_b, n_h, p.n_q]
+    if plan.shape == "table":
+        parts = cdiv(q_tiles, PART)
+        return parts * cdiv(n_table, how.block_k), [n_b, n_h, parts, n_table]
     tiles = max(q_tiles + k_tiles - 1, 0)
     return tiles, [n_b, n_h, tiles, how.block_q, how.block_k]
 

@@ -125,7 +125,7 @@ def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo
 
 def _row_sums(p: Problem, t: Tangents, rows: _Rows, dlse, tdlse, lse, tlse) -> tuple[Any, Any]:
     """The sums of P (dP - delta) over every row, delta pi + dlse, and their tangents, (B, H, n_pad); None where all are 0."""
-    seen, delta, tdelta = lse > -torch.inf, rows.delta[:, :, : p.n_q], rows.tdelta[:, :, : p.n_q]
+    seen, delta, tdelta = lse != -torch.inf, rows.delta[:, :, : p.n_q], rows.tdelta[:, :, : p.n_q]
     sums, tsums = (None if x is None else x.where(seen, 0.0) for x in (dlse, tdlse))
     if p.sinks is not None:
         pi = sink_weight(p, lse)

@@ -90,7 +90,8 @@ def registers(operand: str, width: int = 1) -> set[int]:
 def _width(name: str) -> int:
     """Registers of a result, or of a stored value."""
     if name.startswith(("LDSM", "STSM")):
-        return int(name.rsplit(".", 1)[-1]) if name[-1].isdigit() else 1
+        count = name.rsplit(".", 1)[-1]  # of matrices; one alone ends in its layout, as LDSM.16.M88
+        return int(count) if count.isdigit() else 1
     if ".128" in name:
         return 4
     double = name.startswith(("CS2R", "DADD", "DMUL", "DFMA", "DMNMX")) and ".32" not in name

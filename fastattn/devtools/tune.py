@@ -33,7 +33,7 @@ KERNEL = {
     "forward": "forward", "dkdv": "backward_dkdv", "dq": "backward_dq", "grads": "score_grads", "jvp": "forward_jvp",
     "jvp dq": "backward_dq_jvp", "jvp dkdv": "backward_dkdv_jvp", "jvp grads": "score_grads", "jvp2": "forward_jvp2",
 }  # fmt: skip
-LIMITS = ((16, triton_call.PAD), (16, 256), (1, 16), (1, 5))  # of the four numbers
+LIMITS = ((16, triton_call.PAD), (16, triton_call.TALLEST), (1, 16), (1, 5))  # of the four numbers
 GAIN = 0.98  # a candidate must take at most this share of the time
 REPEATS = 7
 LIKE = 2e-2  # other tiles sum in another order, in half precision

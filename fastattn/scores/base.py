@@ -29,14 +29,17 @@ BUILT_IN: dict[str, type[Score]] = {}
 class DeviceGradient(NamedTuple):
     """How kernels sum a parameter's gradient (kernels/grads.py has the shapes), and what torch makes of the sums."""
 
-    shape: str  # "tile", "keys", "rows" or "diagonals"
+    shape: str  # "tile", "keys", "rows", "diagonals" or "table"
     keep_b: bool  # whether batch entries, and heads, get sums of their own
     keep_h: bool
     weight: Any  # Triton function of (at, args) that multiplies the gradient of the score
     # (sums, q, k) -> a tensor like the parameter; q and k are the coordinates of the sums' first row and key. Diagonals
-    # come summed, as (B|1, H|1, distances), and the first is that of the last row q and the first key k.
+    # come summed, as (B|1, H|1, distances), and the first is that of the last row q and the first key k. A table comes as
+    # (B|1, H|1, parts, n), n the size of the parameter's last dimension.
     finish: Callable[[Tensor, Any, Any], Tensor]
     anywhere: bool = False  # whether q and k may be int tensors (B|1, n), the coordinates of all rows and of all keys
+    entry: Any = None  # with "table", Triton function of (at, args): the entry, 0 to n - 1, that each pair adds to
+    elsewhere: DeviceGradient | None = None  # what to do instead where q or k are tensors
 
 
 class Score:

@@ -101,8 +101,10 @@ class RelativeBias(Additive, built_in="relative"):
     def device_gradient(self) -> DeviceGradient:
         from ..kernels import scores
 
-        n_b, n_h, _ = self.params[0].shape
-        return DeviceGradient("diagonals", n_b > 1, n_h > 1, scores.ones, self._folded)
+        n_b, n_h, _ = shape = self.params[0].shape
+        finish = lambda sums, q, k: sums.sum(2, dtype=torch.float64).sum_to_size(shape)
+        scattered = DeviceGradient("table", True, True, scores.ones, finish, anywhere=True, entry=scores.relative_entry)
+        return DeviceGradient("diagonals", n_b > 1, n_h > 1, scores.ones, self._folded, elsewhere=scattered)
 
     def _folded(self, sums: Tensor, q: int, k: int) -> Tensor:
         """The gradient from sums (B|1, H|1, distances) by k - q, the lowest distance first: that of row q and key k."""

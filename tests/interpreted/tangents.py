@@ -7,6 +7,8 @@ import pytest
 import torch
 from bars import errors
 from device_cases import DEVICE, MASKS
+from pairs import pairwise
+from test_covering import FACTORS, describe
 from torch.testing import assert_close
 
 import fastattn as fa
@@ -17,12 +19,14 @@ from fastattn.problem import Tangents, ThreeTangents
 LIMIT = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative L2
 
 
-def problem(mask, score, dtype, dropout=0.0, n_q=33, n_k=47, heads=(4, 2), coords=None):
+def problem(
+    mask, score, dtype, dropout=0.0, n_q=33, n_k=47, heads=(4, 2), coords=None, dims=(19, 24), strided=True, sinks=True
+):  # fmt: skip
     n_h, n_kv = heads
-    q, k, v = (x.detach().to(DEVICE) for x in cases.tensors(1, n_h, n_kv, n_q, n_k, 19, 24, dtype, strided=True))
+    q, k, v = (x.detach().to(DEVICE) for x in cases.tensors(1, n_h, n_kv, n_q, n_k, *dims, dtype, strided=strided))
     scores = cases.SCORES[score](1, n_h, n_q, n_k, dtype)
     scores = tuple(s.with_params(tuple(x.detach().to(DEVICE) * 0.3 for x in s.params)) for s in scores)
-    sinks = cases.leaf(n_h, dtype=dtype).detach().to(DEVICE)
+    sinks = cases.leaf(n_h, dtype=dtype).detach().to(DEVICE) if sinks else None
     return functional.problem(q, k, v, MASKS[mask](1, n_h, n_q, n_k), scores, sinks, None, dropout, "triton", None, coords)
 
 
@@ -33,7 +37,7 @@ def random_like(*tensors):
 
 def widened(p):
     scores = tuple(s.with_params(tuple(x.double() for x in s.params)) for s in p.scores)
-    q, k, v, sinks = (x.double() for x in (p.q, p.k, p.v, p.sinks))
+    q, k, v, sinks = double(p.q, p.k, p.v, p.sinks)
     return dataclasses.replace(p, q=q, k=k, v=v, scores=scores, sinks=sinks)
 
 
@@ -78,6 +82,42 @@ each = pytest.mark.parametrize(
 )
 
 
+ROWS = pairwise(
+    {
+        **FACTORS,
+        "mask": list(MASKS),
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "n_q": [3, 19, 1],
+        "heads": [(2, 2), (2, 1), (3, 1)],
+        "head_dim": [8, 16, 40, 1],
+    }
+)
+HERE = range(0, len(ROWS), 1 if DEVICE == "cuda" else 19)
+
+
+@pytest.mark.parametrize("i", HERE, ids=lambda i: describe(ROWS[i]))
+def test_pairwise(i):
+    """The second order over the array's pairs: all of them on a GPU, some in the interpreter."""
+    row = dict(ROWS[i])
+    n_q, keys, v_dim, head_dim = (row.pop(name) for name in ("n_q", "keys", "v_dim", "head_dim"))
+    n_k = {"equal": n_q, "fewer": max(1, n_q - n_q // 3), "more": n_q + 2 + n_q // 4}[keys]
+    p = problem(**row, n_q=n_q, n_k=n_k, dims=(head_dim, head_dim if v_dim == "equal" else head_dim // 2 + 3))
+    q, k, v, sinks, *params = random_like(p.q, p.k, p.v, p.sinks, *p.params)
+    assert_tangents(p, Tangents(q, k, v, params, sinks), True)
+
+
+def assert_tangents(p, t, with_cotangent_tangents):
+    dtype = p.q.dtype
+    names = ["tout", "tlse", "tdq", "tdk", "tdv", *(f"tdparam{i}" for i in range(len(p.params))), "tdsinks"]
+    for name, x, y in zip(names, *both(p, t, with_cotangent_tangents), strict=True):
+        if x is None:
+            continue
+        assert not x.isnan().any(), name
+        largest, relative = errors(x, y)
+        loose = 10 if "s" in name or ("param" in name and dtype != torch.float32) else 1  # sums that cancel
+        assert relative < LIMIT[dtype] * loose or largest < 1e-5, (name, relative)
+
+
 @each
 def test_tangents(mask, score, dtype, dropout, everything):
     p = problem(mask, score, dtype, dropout)
@@ -85,12 +125,16 @@ def test_tangents(mask, score, dtype, dropout, everything):
     t = Tangents(*directions[:3], directions[4:], directions[3])
     if not everything:  # only q and, where there is one, the last parameter move
         t = Tangents(t.q, None, None, [*[None] * (len(p.params) - 1), *directions[4:][-1:]], None)
-    names = ["tout", "tlse", "tdq", "tdk", "tdv", *(f"tdparam{i}" for i in range(len(p.params))), "tdsinks"]
-    for name, x, y in zip(names, *both(p, t, everything), strict=True):
-        assert not x.isnan().any(), name
-        largest, relative = errors(x, y)
-        loose = 10 if "s" in name or ("param" in name and dtype != torch.float32) else 1  # sums that cancel
-        assert relative < LIMIT[dtype] * loose or largest < 1e-5, (name, relative)
+    assert_tangents(p, t, everything)
+
+
+def test_a_tables_tangent_at_scattered_coordinates():
+    g = torch.Generator().manual_seed(2)
+    rows, keys = (torch.randint(20, (n,), generator=g).to(DEVICE) for n in (9, 11))
+    p = problem("bottom_right", "relative", torch.float32, n_q=9, n_k=11, coords=fa.Coordinates(q=rows, k=keys))
+    assert not triton.falls_back(p)
+    q, k, v, sinks, *params = random_like(p.q, p.k, p.v, p.sinks, *p.params)
+    assert_tangents(p, Tangents(q, k, v, params, sinks), True)
 
 
 @each
