@@ -1,6 +1,8 @@
-"""The error of a drop-in module."""
+"""The errors of a drop-in module. Those about ranks and masks hold the words that torch's tests look for."""
 
 from __future__ import annotations
+
+RANK_OF_QUERY = "query should be unbatched 2D or batched 3D tensor"
 
 
 class ArgumentError(ValueError, AssertionError, RuntimeError):

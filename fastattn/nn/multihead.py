@@ -16,7 +16,7 @@ from ..masks import Mask
 from ..problem import Problem
 from ..scores import Score
 from ..weights import dropped, weights
-from .errors import ArgumentError
+from .errors import RANK_OF_QUERY, ArgumentError
 from .ragged import ragged_forward
 from .torch_masks import converted
 
@@ -191,13 +191,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         rank = query.dim()
         if rank not in (2, 3):
-            raise ArgumentError(f"query must be 3-D, or 2-D without a batch, got {rank}-D")
+            raise ArgumentError(f"{RANK_OF_QUERY} but received {rank}-D query tensor")
+        given = f"with a {rank}-D query, expected"
         if key.dim() != rank or value.dim() != rank:
-            raise ArgumentError(f"key and value must be {rank}-D like query, got {key.dim()}-D and {value.dim()}-D")
+            got = f"{key.dim()}-D and {value.dim()}-D"
+            raise ArgumentError(f"{given} `key` and `value` to be {rank}-D but found {got} tensors respectively")
         if key_padding_mask is not None and key_padding_mask.dim() != rank - 1:
-            raise ArgumentError(f"key_padding_mask must be None or {rank - 1}-D, got {key_padding_mask.dim()}-D")
+            got = f"{key_padding_mask.dim()}-D"
+            raise ArgumentError(f"{given} `key_padding_mask` to be `None` or {rank - 1}-D but found {got} tensor instead")
         if attn_mask is not None and attn_mask.dim() not in (2, 3):
-            raise ArgumentError(f"attn_mask must be None, 2-D or 3-D, got {attn_mask.dim()}-D")
+            got = f"{attn_mask.dim()}-D"
+            raise ArgumentError(f"{given} `attn_mask` to be `None`, 2-D or 3-D but found {got} tensor instead")
         inputs = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         dtype = self.out_proj.weight.dtype
         for name, x, features in inputs:

@@ -78,4 +78,4 @@ def check_dtype(name: str, x: Tensor) -> None:
 def _check_attn_mask(x: Tensor, n_b: int, n_h: int, n_q: int, n_k: int) -> None:
     accepted = ((n_q, n_k), (n_b * n_h, n_q, n_k))
     if not any(len(shape) == x.dim() and all(a == b for a, b in zip(x.shape, shape)) for shape in accepted):
-        raise ArgumentError(f"attn_mask must have shape {accepted[0]} or {accepted[1]}, got {tuple(x.shape)}")
+        raise ArgumentError(f"Expected `attn_mask` shape to be {accepted[1]} or {accepted[0]} but got {tuple(x.shape)}")
