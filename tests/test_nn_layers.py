@@ -1,6 +1,7 @@
 """Encoder and decoder layers against torch's with the same weights, and their caches, padding and stacks."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -213,6 +214,21 @@ def test_compiles_whole():
     assert_close(got, expected)
     for a, b in zip(gradients(got, x), gradients(expected, x), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on the CPU")
+def test_inductor():
+    """torch.compile as users call it: one graph, with generated C++ around the attention, forward and backward."""
+    torch._dynamo.reset()
+    model = nn.Attention(16, 4, n_kv_heads=2, causal=True, rotary=nn.Rotary(4))
+    x = torch.randn(N, L, 16, requires_grad=True)
+    got, expected = torch.compile(model, fullgraph=True)(x), model(x)
+    assert_close(got, expected)
+    wrt = [x, *model.parameters()]
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), wrt) for out in (got, expected)), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def wrong_uses():

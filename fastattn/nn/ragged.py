@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..coords import Coordinates
 from ..masks import Causal, Documents, Lengths, Mask, Spans
 from ..masks.checks import readable
@@ -107,7 +108,7 @@ def _append(x: Tensor, last: Tensor, offsets: Tensor) -> Tensor:
 def _nested_like(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     """rows (total, E) with x's structure and layout."""
     if x.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(rows, offsets)
+        return compat.jagged(rows, offsets)
     return torch.nested.as_nested_tensor(list(rows.split(offsets.diff().tolist())))
 
 
