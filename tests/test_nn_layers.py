@@ -243,6 +243,8 @@ def wrong_uses():
         "heads": (lambda: layer(x, mask=seen), ValueError, "mask must have 1 or 2 heads, got 3"),
         "memory": (lambda: decoder(x, x), ValueError, "the layer was built without memory_dim"),
         "cache": (lambda: decoder(x, cache=decoder.new_cache()[:1]), ValueError, "cache must hold one LayerCache"),
+        "hidden": (lambda: nn.EncoderLayer(8, 2, 0), ValueError, "hidden must be at least 1, got 0"),
+        "layers": (lambda: nn.Encoder(-1, 8, 2), ValueError, "n_layers must be at least 1, got -1"),
         "option": (lambda: nn.EncoderLayer(8, 2, windows=3), TypeError, "windows"),
     }  # fmt: skip
 

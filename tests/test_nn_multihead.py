@@ -672,7 +672,17 @@ def test_torchs_words_stand_in_the_error(name):
     assert words in str(ours.value)
 
 
+@pytest.mark.parametrize("i", range(3))
+def test_what_is_no_tensor(i):
+    inputs = [torch.randn(4, 4, 4)] * 3
+    inputs[i] = None
+    with pytest.raises(TypeError, match=f"{('query', 'key', 'value')[i]} must be a Tensor, got NoneType"):
+        fa.nn.MultiheadAttention(4, 4)(*inputs)
+
+
 def test_construction_that_does_not_fit():
+    with pytest.raises(TypeError, match="embed_dim must be an int, got 8.0"):
+        fa.nn.MultiheadAttention(8.0, 2)
     for made, message in (
         (dict(embed_dim=5, num_heads=2), "embed_dim must be divisible by num_heads, got 5 and 2"),
         (dict(embed_dim=0, num_heads=2), "embed_dim must be greater than 0"),
