@@ -38,7 +38,9 @@ def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor 
     if k_shape != shape and (causal or shape[:2] + shape[3:] != k_shape[:2] + k_shape[3:]):
         return None
     dim, dtype, size = shape[3], q.dtype, q.numel()
-    if not 0 < size * k_shape[2] <= (CAUSAL if causal else SMALL) * dim or dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
+    if not 0 < size * k_shape[2] <= (CAUSAL if causal else SMALL) * dim:
+        return None
+    if dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
         return None
     if not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
