@@ -681,7 +681,7 @@ def test_what_is_no_tensor(i):
 
 
 def test_construction_that_does_not_fit():
-    with pytest.raises(TypeError, match="embed_dim must be an int, got 8.0"):
+    with pytest.raises(TypeError, match=r"embed_dim must be an int, got 8\.0"):
         fa.nn.MultiheadAttention(8.0, 2)
     for made, message in (
         (dict(embed_dim=5, num_heads=2), "embed_dim must be divisible by num_heads, got 5 and 2"),
