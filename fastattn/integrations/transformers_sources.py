@@ -1,4 +1,4 @@
-"""What a model of transformers does with its masks, by the source of its file: nothing else tells."""
+"""What a model of transformers does with its masks, by the source of its files: nothing else tells."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-ATTENTION = re.compile(r"class \w*(?:Attention|Attn)\w*\((?:torch\.)?nn\.Module\)")
+ATTENTION = re.compile(r"class \w*(?:Attention|Attn)\w*\((?:torch\.)?nn\.Module\b")
 BLOCK = re.compile(r"^(?=class |def |@)", re.MULTILINE)
 FOUR = re.compile(r"\b(?:attention_|causal_|padding_)?mask\[(?:(?! *None)[^\],]*,){3}(?! *None)[^\],]*\]")  # mask[:, :, i, :]
 CONFIG = re.compile(r"\bconfig: \"?(\w+)")
@@ -45,14 +45,16 @@ def _own_softmax(block: str, config: str) -> bool:
     if not ATTENTION.match(block) or "ALL_ATTENTION_FUNCTIONS" in block:
         return False
     named = CONFIG.search(block)
-    return "softmax" in block and "mask" in block and (named is None or named[1] == config)
+    return "softmax" in block.lower() and "mask" in block and (named is None or named[1] == config)
 
 
 def _modeling(kind: type) -> str | None:
-    """The source of the models of a config's class."""
-    name = kind.__module__.replace("configuration_", "modeling_")
-    module = sys.modules.get(name) if "modeling_" in name else None
+    """The source of the models beside a config's class, as far as they are loaded; None where there are none."""
+    package, _, name = kind.__module__.rpartition(".")
+    if not name.startswith("configuration_"):
+        return None
+    loaded = [module for key, module in list(sys.modules.items()) if key.startswith(f"{package}.modeling_")]
     try:
-        return None if module is None else inspect.getsource(module)
+        return "\n".join(map(inspect.getsource, loaded)) or None
     except (OSError, TypeError):
         return None

@@ -158,6 +158,8 @@ def test_the_mask_decides_what_is_causal(name):
 OWN_SOFTMAX = {
     "MegatronBert": host_models.hf("MegatronBertForMaskedLM", "MegatronBertConfig", **host_models.SMALL),
     "MPNet": host_models.hf("MPNetForMaskedLM", "MPNetConfig", **host_models.SMALL),
+    "ImageGPT": host_models.hf("ImageGPTModel", "ImageGPTConfig", "left", **host_models.GPT),
+    "BLIP's text": host_models.hf("BlipTextModel", "BlipTextConfig", "left", **host_models.SMALL),
     "Falcon": host_models.hf("FalconForCausalLM", "FalconConfig", "left", **host_models.SMALL),
 }
 
