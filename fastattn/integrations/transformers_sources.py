@@ -10,6 +10,7 @@ from typing import Any
 ATTENTION = re.compile(r"class \w*(?:Attention|Attn)\w*\((?:torch\.)?nn\.Module\b")
 BLOCK = re.compile(r"^(?=class |def |@)", re.MULTILINE)
 FOUR = re.compile(r"\b(?:attention_|causal_|padding_)?mask\[(?:(?! *None)[^\],]*,){3}(?! *None)[^\],]*\]")  # mask[:, :, i, :]
+PADDED = re.compile(r"\bpad\((?:attention|causal)_mask\b")  # which is longer then than what it was made for
 CONFIG = re.compile(r"\bconfig: \"?(\w+)")
 
 _passes_window: dict[type, bool] = {}
@@ -35,6 +36,7 @@ def adds_masks(config: Any) -> bool:
         _adds_masks[kind] = (
             text is None
             or FOUR.search(text) is not None
+            or PADDED.search(text) is not None
             or any(_own_softmax(block, kind.__name__) for block in BLOCK.split(text))
         )
     return config is not None and _adds_masks[kind]
