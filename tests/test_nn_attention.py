@@ -361,7 +361,10 @@ def wrong_uses():
         "window": (lambda: use(window=0), "window must be at least 1, got 0"),
         "dropout": (lambda: use(dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),
         "cross causal": (lambda: use(context_dim=3, causal=True), "causal, window and rotary are for self-attention"),
-        "x": (lambda: use()(x[..., :3]), r"x must have shape \(batch, length, 8\), got \(2, 5, 3\)"),
+        "x": (lambda: use()(x[..., :3]), r"x must be a dense tensor of shape \(batch, length, 8\), got \(2, 5, 3\)"),
+        "x is no tensor": (lambda: use()(None), "x must be a dense tensor of shape .*, got NoneType"),
+        "head_dim": (lambda: use(head_dim=0), "head_dim must be at least 1, got 0"),
+        "no rotary": (lambda: use()(x, positions=torch.arange(5)), "positions must be None without a rotary"),
         "context": (lambda: use()(x, x), "context must be None for self-attention"),
         "no context": (lambda: use(context_dim=3)(x), r"context must have shape \(2, length, 3\), got None"),
         "cross is_causal": (lambda: use(context_dim=8)(x, x, is_causal=True), "is_causal must be left out with context_dim"),
@@ -387,6 +390,18 @@ def test_what_does_not_fit(name):
 def test_what_is_of_another_kind():
     with pytest.raises(TypeError, match="score must hold Scores or modules that give one, got str"):
         nn.Attention(8, 2, score=["alibi"])
-    m, x = nn.Attention(8, 2, context_dim=8), torch.randn(2, 5, 8)
+    for made, message in (
+        (dict(window=2.5), "window must be an int, got 2.5"),
+        (dict(causal="yes"), "causal must be True or False, got 'yes'"),
+        (dict(rotary=4), "rotary must be a Rotary or None, got int"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            nn.Attention(8, 2, **made)
+    m, x = nn.Attention(8, 2), torch.randn(2, 5, 8)
+    with pytest.raises(TypeError, match="score must be a Score or several, got int"):
+        m(x, score=3)
+    with pytest.raises(TypeError, match="cache must be a Cache or None, got int"):
+        m(x, cache=3)
+    m = nn.Attention(8, 2, context_dim=8)
     with pytest.raises(TypeError, match="cache must be a DynamicCache where there is a context, got StaticCache"):
         m(x, x, cache=nn.StaticCache(2, 2, 9, 4))

@@ -1,6 +1,7 @@
 """Encoder and decoder layers against torch's with the same weights, and their caches, padding and stacks."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -215,6 +216,21 @@ def test_compiles_whole():
         assert_close(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler on the CPU")
+def test_inductor():
+    """torch.compile as users call it: one graph, with generated C++ around the attention, forward and backward."""
+    torch._dynamo.reset()
+    model = nn.Attention(16, 4, n_kv_heads=2, causal=True, rotary=nn.Rotary(4))
+    x = torch.randn(N, L, 16, requires_grad=True)
+    got, expected = torch.compile(model, fullgraph=True)(x), model(x)
+    assert_close(got, expected)
+    wrt = [x, *model.parameters()]
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), wrt) for out in (got, expected)), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def wrong_uses():
     x, seen = torch.randn(2, 5, 8), torch.ones(1, 3, 5, 5, dtype=torch.bool)
     layer, decoder = nn.EncoderLayer(8, 2), nn.Decoder(2, 8, 2)
@@ -227,6 +243,8 @@ def wrong_uses():
         "heads": (lambda: layer(x, mask=seen), ValueError, "mask must have 1 or 2 heads, got 3"),
         "memory": (lambda: decoder(x, x), ValueError, "the layer was built without memory_dim"),
         "cache": (lambda: decoder(x, cache=decoder.new_cache()[:1]), ValueError, "cache must hold one LayerCache"),
+        "hidden": (lambda: nn.EncoderLayer(8, 2, 0), ValueError, "hidden must be at least 1, got 0"),
+        "layers": (lambda: nn.Encoder(-1, 8, 2), ValueError, "n_layers must be at least 1, got -1"),
         "option": (lambda: nn.EncoderLayer(8, 2, windows=3), TypeError, "windows"),
     }  # fmt: skip
 

@@ -616,19 +616,19 @@ def wrong_calls():
     wide = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)], layout=torch.jagged)
     strided = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)])
     return {
-        "key 2-D": ((x, y, x), {}, "key and value must be 3-D like query, got 2-D and 3-D"),
-        "value 2-D": ((x, x, y), {}, "key and value must be 3-D like query, got 3-D and 2-D"),
-        "key 3-D": ((y, x, y), {}, "key and value must be 2-D like query, got 3-D and 2-D"),
-        "query 1-D": ((y[0], y[0], y[0]), {}, "query must be 3-D, or 2-D without a batch, got 1-D"),
-        "padding 1-D": ((x, x, x), dict(key_padding_mask=hidden), "key_padding_mask must be None or 2-D, got 1-D"),
-        "padding 2-D": ((y, y, y), dict(key_padding_mask=hidden[None]), "key_padding_mask must be None or 1-D, got 2-D"),
+        "key 2-D": ((x, y, x), {}, "expected `key` and `value` to be 3-D but found 2-D and 3-D tensors"),
+        "value 2-D": ((x, x, y), {}, "expected `key` and `value` to be 3-D but found 3-D and 2-D tensors"),
+        "key 3-D": ((y, x, y), {}, "expected `key` and `value` to be 2-D but found 3-D and 2-D tensors"),
+        "query 1-D": ((y[0], y[0], y[0]), {}, "query should be unbatched 2D or batched 3D tensor but received 1-D"),
+        "padding 1-D": ((x, x, x), dict(key_padding_mask=hidden), "`key_padding_mask` to be `None` or 2-D but found 1-D"),
+        "padding 2-D": ((y, y, y), dict(key_padding_mask=hidden[None]), "`key_padding_mask` to be `None` or 1-D but found 2-D"),
         "padding shape": (
             (x, x, x), dict(key_padding_mask=hidden[None]), r"key_padding_mask must have shape \(4, 4\), got \(1, 4\)",
         ),
         "padding dtype": ((x, x, x), dict(key_padding_mask=hidden.int()[None].expand(4, 4)), "key_padding_mask must be a bool"),
-        "mask 1-D": ((x, x, x), dict(attn_mask=hidden), "attn_mask must be None, 2-D or 3-D, got 1-D"),
-        "mask shape": ((x, x, x), dict(attn_mask=y[:3]), r"attn_mask must have shape \(4, 4\) or \(16, 4, 4\), got \(3, 4\)"),
-        "mask 3-D": ((y, y, y), dict(attn_mask=torch.randn(5, 4, 4)), r"attn_mask must have shape \(4, 4\) or \(4, 4, 4\)"),
+        "mask 1-D": ((x, x, x), dict(attn_mask=hidden), "`attn_mask` to be `None`, 2-D or 3-D but found 1-D tensor"),
+        "mask shape": ((x, x, x), dict(attn_mask=y[:3]), r"`attn_mask` shape to be \(16, 4, 4\) or \(4, 4\) but got \(3, 4\)"),
+        "mask 3-D": ((y, y, y), dict(attn_mask=torch.randn(5, 4, 4)), r"`attn_mask` shape to be \(4, 4, 4\) or \(4, 4\)"),
         "mask dtype": ((x, x, x), dict(attn_mask=y.int()), "attn_mask must be a bool or floating point Tensor"),
         "causal alone": ((x, x, x), dict(is_causal=True), "attn_mask must be given where is_causal is True"),
         "features": ((x[..., :3], x, x), {}, r"query must have 4 features, got shape \(4, 4, 3\)"),
@@ -642,7 +642,7 @@ def wrong_calls():
         "nested features": ((wide, wide, wide), {}, r"query must be \(N, ragged length, 4 features\)"),
         "ragged features": ((nested.transpose(1, 2),) * 3, {}, r"query must be \(N, ragged length, 4 features\)"),
         "wide strided": ((strided,) * 3, {}, "query must have 4 features, got 5"),
-        "empty nested": ((torch.nested.nested_tensor([]),) * 3, {}, "query must be nested of 3 dimensions"),
+        "empty nested": ((torch.nested.nested_tensor([]),) * 3, {}, "batched 3D tensor but received 1-D query tensor"),
     }  # fmt: skip
 
 
@@ -658,7 +658,31 @@ def test_what_does_not_fit(name):
             ours(*inputs, **call)
 
 
+@pytest.mark.parametrize(
+    "name", ["key 2-D", "value 2-D", "key 3-D", "query 1-D", "padding 1-D", "padding 2-D", "mask 1-D", "mask 3-D"]
+)
+def test_torchs_words_stand_in_the_error(name):
+    """What code that matches torch's messages of ranks and masks looks for."""
+    inputs, call, _ = WRONG[name]
+    with pytest.raises(AssertionError) as theirs:
+        nn.MultiheadAttention(4, 4)(*inputs, **call)
+    with pytest.raises(AssertionError) as ours:
+        fa.nn.MultiheadAttention(4, 4)(*inputs, **call)
+    words = str(theirs.value).split("expected ")[-1].split(" but got ")[0]
+    assert words in str(ours.value)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_what_is_no_tensor(i):
+    inputs = [torch.randn(4, 4, 4)] * 3
+    inputs[i] = None
+    with pytest.raises(TypeError, match=f"{('query', 'key', 'value')[i]} must be a Tensor, got NoneType"):
+        fa.nn.MultiheadAttention(4, 4)(*inputs)
+
+
 def test_construction_that_does_not_fit():
+    with pytest.raises(TypeError, match=r"embed_dim must be an int, got 8\.0"):
+        fa.nn.MultiheadAttention(8.0, 2)
     for made, message in (
         (dict(embed_dim=5, num_heads=2), "embed_dim must be divisible by num_heads, got 5 and 2"),
         (dict(embed_dim=0, num_heads=2), "embed_dim must be greater than 0"),

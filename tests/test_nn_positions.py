@@ -112,6 +112,8 @@ def test_learned():
     assert learned.weight.grad[:5].eq(2).all()
     with pytest.raises(ValueError, match="offset 5 and length 5 must stay within max_length 9"):
         learned(x, offset=5)
+    with pytest.raises(ValueError, match=r"x must have 3 features, got shape \(2, 5, 1\)"):  # which would broadcast
+        nn.LearnedPositions(9, 3)(x[..., :1])
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -24,7 +24,13 @@ def unpad_input(
     Returns:
         rows (total, ...) of tokens and room; their indices (total,) into (B * L); cu_seqlens int32 (B + 1,); the longest
         sequence, with its room; and int32 (B,) how many tokens a sequence has without it.
+
+    Raises:
+        ValueError: a mask has another shape.
     """
+    for name, x in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
+        if x is not None and x.shape != hidden_states.shape[:2]:
+            raise ValueError(f"{name} must have shape {tuple(hidden_states.shape[:2])}, got {tuple(x.shape)}")
     kept = attention_mask if unused_mask is None else attention_mask + unused_mask
     lengths = kept.sum(1, dtype=torch.int32)
     indices = torch.nonzero(kept.flatten()).flatten()

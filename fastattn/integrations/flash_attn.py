@@ -103,7 +103,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` of qkv (B, L, 3, H, D), whose gradient is one tensor. Arguments and result are those of it."""
-    check_rank(5, qkv=qkv)
+    check_packed(5, 3, qkv=qkv)
     q, k, v = qkv.unbind(2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -123,7 +123,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_func` of q (B, Lq, Hq, D) and kv (B, Lk, 2, Hkv, D). Arguments and result are those of it."""
-    check_rank(5, kv=kv)
+    check_packed(5, 2, kv=kv)
     k, v = kv.unbind(2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -169,6 +169,10 @@ def flash_attn_varlen_func(
         raise NotImplementedError("block_table is not supported here; flash_attn_with_kvcache takes one")
     ledger.took("flash_attn flash_attn_varlen_func")
     mask = bottom_right(causal, window_size)
+    if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2:
+        wanted = (len(cu_seqlens_q) - 1, q.shape[1])
+        if alibi_slopes.shape != wanted:
+            raise ValueError(f"alibi_slopes must have shape ({wanted[1]},) or {wanted}, got {tuple(alibi_slopes.shape)}")
     arguments: dict[str, Any] = dict(
         mask=mask, score=scores(softcap, alibi_slopes, packed=True), scale=softmax_scale, dropout_p=dropout_p,
         deterministic=deterministic or None,
@@ -212,7 +216,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` of qkv (total, 3, H, D). Arguments and result are those of it."""
-    check_rank(4, qkv=qkv)
+    check_packed(4, 3, qkv=qkv)
     q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size,
@@ -237,7 +241,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """`flash_attn_varlen_func` of q (total_q, Hq, D) and kv (total_k, 2, Hkv, D). Arguments and result are those of it."""
-    check_rank(4, kv=kv)
+    check_packed(4, 2, kv=kv)
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -247,7 +251,7 @@ def flash_attn_varlen_kvpacked_func(
 
 def bottom_right(causal: bool, window_size: Any) -> Mask:
     """causal and window_size as a mask. Also without limits it says where rows stand."""
-    if len(window_size) != 2:
+    if not hasattr(window_size, "__len__") or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), got {window_size!r}")
     left, right = (None if n is None or int(n) < 0 else int(n) for n in window_size)
     if causal:
@@ -271,6 +275,14 @@ def check_rank(rank: int, **tensors: Any) -> None:
         if not isinstance(x, Tensor) or x.dim() != rank:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must have {rank} dimensions, got {got}")
+
+
+def check_packed(rank: int, parts: int, **tensors: Any) -> None:
+    """Raise unless every tensor has `rank` dimensions, `parts` of them before the heads."""
+    check_rank(rank, **tensors)
+    for name, x in tensors.items():
+        if x.shape[-3] != parts:
+            raise ValueError(f"{name} must have {parts} entries in dimension {rank - 3}, got shape {tuple(x.shape)}")
 
 
 def signed_weights(p: Problem, lse: Tensor) -> Tensor:

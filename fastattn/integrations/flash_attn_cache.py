@@ -10,6 +10,7 @@ from torch import Tensor
 from ..coords import Coordinates
 from ..functional import attention
 from ..masks import Spans
+from ..masks.checks import readable
 from ..scores import ALiBi, Score, Softcap
 from . import ledger
 
@@ -72,7 +73,13 @@ def flash_attn_with_kvcache(
     rows = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
     if cache_seqlens is None:
         cache_seqlens = rows - (0 if k is None else k.shape[1])
-    before = torch.as_tensor(cache_seqlens, dtype=torch.int64, device=q.device).expand(n_b)
+    before = torch.as_tensor(cache_seqlens, dtype=torch.int64, device=q.device)
+    if before.dim() > 1 or (before.dim() == 1 and len(before) not in (1, n_b)):
+        raise ValueError(f"cache_seqlens must be an int or have shape ({n_b},), got {tuple(before.shape)}")
+    room = rows - (0 if k is None else k.shape[1])
+    if readable(before) and not bool(((before >= 0) & (before <= room)).all()):
+        raise ValueError(f"cache_seqlens must lie in [0, {room}], so that all rows have a place, got {cache_seqlens}")
+    before = before.expand(n_b)
     with torch.no_grad():
         local = causal or window_size[0] >= 0 or window_size[1] >= 0
         if rotary_cos is not None and rotary_sin is not None:

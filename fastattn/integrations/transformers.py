@@ -23,6 +23,7 @@ from .modules import attend
 from .transformers_masks import mask, structure
 
 NAME = "fastattn"
+UNKNOWN = ("indices", "block_indices", "sinks")  # keys chosen by an indexer; logits of sinks for every row
 
 
 def register(name: str = NAME) -> None:
@@ -100,11 +101,18 @@ def attention(
         o (B, Lq, Hq, Dv), and the weights (B, Hq, Lq, Lk) after dropout where they were asked for, else None.
 
     Raises:
-        NotImplementedError: a paged cache (continuous batching).
+        NotImplementedError: a paged cache (continuous batching), or an argument of one model that bears on the result and is
+            not known here: keys chosen by an indexer, sinks that differ by row.
         TypeError, ValueError: as in `fastattn.attention`.
     """
     if others.get("cache") is not None:
         raise NotImplementedError('attn_implementation="fastattn" has no paged cache; use another one for continuous batching')
+    for argument in UNKNOWN:
+        if others.get(argument) is not None:
+            raise NotImplementedError(
+                f'attn_implementation="fastattn" does not know the argument {argument!r} that {type(module).__name__} passes; '
+                'use "eager" or "sdpa" for this model'
+            )
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] < key.shape[2]:
         n = attention_mask.shape[1]
         key, value = key[:, :, :n], value[:, :, :n]

@@ -1,19 +1,20 @@
 """What transformers asks a mask function for, and what the attention function makes of the answer.
 
 A mask of (B, 1, Lq, Lk) is built only where a pattern needs it. Otherwise `mask` answers with O(B L) memory, and the
-answer says by itself what it means:
+answer says by itself what it means, because a module's `is_causal` is not always true:
 
-    None                    no padding; causal as the module says
     bool (B, n)             causal; True keys are real; n < Lk: the keys behind belong to nobody yet (a static cache)
     int (B, L)              causal inside each packed sequence; equal numbers are one sequence
     uint8 (B, Lk)           not causal, with the module's window; nonzero keys are real
     bool (B, 1, Lq|1, Lk)   everything, window and causality included
+    None                    one row that sees all keys; from a module that asked for no mask, causal as the module says
+
+Without padding the first, third and fourth are one number expanded. Where the model's file has attention with a softmax of
+its own, which adds the mask to its scores, or takes the mask apart, the answer is eager's float mask.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ..masks import Causal, Dense, Documents, Full, LoweredMask, Mask, Padding, SlidingWindow
+from .transformers_sources import adds_masks, passes_window
 
 REMEMBERED = 16
 
 _lowered: dict[tuple[Any, ...], tuple[weakref.ref, LoweredMask]] = {}
-_passes_window: dict[type, bool] = {}
+_ones: dict[tuple[Any, torch.dtype], Tensor] = {}
 
 
 def mask(
@@ -55,6 +57,11 @@ def mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
     )  # fmt: skip
+    if adds_masks(config):
+        from transformers.masking_utils import eager_mask
+
+        dtype = others.get("dtype", torch.float32)
+        return eager_mask(**full, dtype=dtype, allow_is_bidirectional_skip=allow_is_bidirectional_skip)
     tracing = torch.compiler.is_compiling()
     if not (allow_is_causal_skip or allow_is_bidirectional_skip) and not tracing:
         ids = None if use_vmap or padding is not None else packed_ids(mask_function)
@@ -67,7 +74,7 @@ def mask(
         return whole(**full)
     if allow_is_bidirectional_skip:
         if padding is None or (not tracing and bool(padding.all())):
-            return None
+            padding = all_real(batch_size, kv_length, device, torch.uint8 if windowed and q_length > 1 else torch.bool)
         return padding.to(torch.uint8) if windowed and q_length > 1 else padding[:, None, None]
     if isinstance(q_offset, Tensor):
         if tracing:
@@ -76,13 +83,34 @@ def mask(
     seen = q_offset + q_length - kv_offset  # keys up to the last row's own
     if padding is not None and not tracing and bool(padding[:, :seen].all()):
         padding = None
-    if seen == kv_length and padding is None:
+    if q_length == 1 and seen == kv_length and padding is None:
         return None
     if q_length == 1 or seen > kv_length:
         return whole(**full)  # of one row it is no larger
-    if padding is None:
-        return torch.ones((batch_size, seen), dtype=torch.bool, device=device)
-    return padding[:, :seen]
+    return all_real(batch_size, seen, device) if padding is None else padding[:, :seen]
+
+
+def all_real(batch_size: int, n: int, device: Any, dtype: torch.dtype = torch.bool) -> Tensor:
+    """No padding: (B, n) of one element, by which `is_all_real` knows it again."""
+    if torch.compiler.is_compiling():
+        return torch.ones((1, 1), dtype=dtype, device=device).expand(batch_size, n)
+    key = (torch.device(device), dtype)
+    if key not in _ones:
+        with torch.inference_mode(False):
+            _ones[key] = torch.ones((1, 1), dtype=dtype, device=device)
+    return _ones[key].expand(batch_size, n)
+
+
+def is_all_real(given: Tensor) -> bool:
+    """Whether a mask came from `all_real`; a model may have sliced it."""
+    if given.dtype not in (torch.bool, torch.uint8):
+        return False
+    if torch.compiler.is_compiling():
+        return all(stride == 0 or n == 1 for stride, n in zip(given.stride(), given.shape))
+    if type(given) is not Tensor or given.device.type == "meta":
+        return False
+    place = given.untyped_storage().data_ptr()
+    return any(place == x.untyped_storage().data_ptr() for x in _ones.values())
 
 
 def whole(**arguments: Any) -> Tensor:
@@ -121,26 +149,14 @@ def _atoms(fn: Any) -> list[tuple[str, Any]]:
     return [(name, inside[0] if inside else None)]
 
 
-def passes_window(config: Any) -> bool:
-    """Whether a model's attention gives its window to the attention function, by its source: eager needs no window."""
-    kind = type(config)
-    if kind not in _passes_window:
-        module = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
-        try:
-            text = "" if module is None else inspect.getsource(module)
-        except (OSError, TypeError):
-            text = ""
-        _passes_window[kind] = "sliding_window=" in text
-    return _passes_window[kind]
-
-
 def structure(
     given: Tensor | None, causal: bool, window: int | None, n_q: int, n_k: int, cu_q: Tensor | None, cu_k: Tensor | None
 ) -> tuple[Mask | LoweredMask | None, Tensor | None]:
     """(mask, additive bias) of a call, from what the mask function answered.
 
     Args:
-        given: one of the forms above, or a float tensor (B, 1|H, Lq, Lk) that is added to the scores.
+        given: one of the forms above, or a float tensor (B, 1|H, Lq, Lk) that is added to the scores. Packed sequences are
+            those of `cu_q` unless it says more than that there is no padding.
         causal, window: what the module says; they count as far as `given` leaves them open.
         n_q, n_k: rows and keys, the latter after those of nobody were cut off.
         cu_q, cu_k: cumulative lengths of packed sequences where the caller passed them.
@@ -150,6 +166,10 @@ def structure(
     """
     if given is not None and given.dim() not in (2, 4):
         raise ValueError(f"attention_mask must be None or have 2 or 4 dimensions, got shape {tuple(given.shape)}")
+    if given is not None and is_all_real(given):
+        causal = given.dim() == 2 and given.dtype == torch.bool
+        window = None if given.dim() == 4 else window  # of which it says everything
+        given = None
     if given is not None and given.dim() == 4:
         given = given[..., :n_k] if given.shape[3] > n_k else given
         if given.dtype != torch.bool:

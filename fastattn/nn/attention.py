@@ -18,6 +18,7 @@ from ..masks.algebra import intersect
 from ..scores import Score, Softcap
 from ..weights import attention_weights
 from .cache import Cache, DynamicCache
+from .errors import check_sizes
 from .positions import Rotary
 
 
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: sizes do not fit each other, or an option excludes another.
+        TypeError, ValueError: a size is no positive int, sizes do not fit each other, or an option excludes another.
     """
 
     def __init__(
@@ -67,17 +68,20 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+        check_sizes(dim=dim, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, context_dim=context_dim, window=window)
+        if n_heads % n_kv_heads:
             raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {n_kv_heads}")
         if head_dim is None and dim % n_heads:
             raise ValueError(f"dim must be divisible by n_heads where head_dim is not given, got {dim} and {n_heads}")
         head_dim = dim // n_heads if head_dim is None else head_dim
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False, got {causal!r}")
+        if rotary is not None and not isinstance(rotary, Rotary):
+            raise TypeError(f"rotary must be a Rotary or None, got {type(rotary).__name__}")
         if rotary is not None and rotary.head_dim != head_dim:
             raise ValueError(f"rotary must be for head_dim {head_dim}, got {rotary.head_dim}")
         if context_dim is not None and (causal or window is not None or rotary is not None):
             raise ValueError("causal, window and rotary are for self-attention; with context_dim they must be left out")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -120,7 +124,8 @@ class Attention(nn.Module):
             context: (B, Lk, context_dim), for attention to another sequence. May be None where `cache` holds it already.
             mask: as in `fastattn.attention`, over all keys, cached ones included; what `causal` and `window` hide stays hidden.
             score: further scores, after the module's.
-            positions: (L,) or (B, L) for `rotary`; by default the rows follow what is cached.
+            positions: (L,) or (B, L) for `rotary`, without which they must be left out; by default the rows follow what is
+                cached.
             is_causal: in place of the module's `causal`.
             cache: takes this call's keys and values, and gives those of all before. With a context it must be a
                 DynamicCache: filled by the first call, and read by those after it.
@@ -151,8 +156,15 @@ class Attention(nn.Module):
 
     def _operands(self, x, context, mask, score, positions, is_causal, cache) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v (B, H, L, D) and the other arguments of `attention`."""
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must have shape (batch, length, {self.dim}), got {tuple(x.shape)}")
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or x.shape[2] != self.dim:
+            got = f"{'nested ' if x.is_nested else ''}{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a dense tensor of shape (batch, length, {self.dim}), got {got}")
+        if positions is not None and self.rotary is None:
+            raise ValueError("positions must be None without a rotary: nothing would depend on them")
+        if cache is not None and not hasattr(cache, "update"):
+            raise TypeError(f"cache must be a Cache or None, got {type(cache).__name__}")
+        if not isinstance(score, (Score, Sequence)):
+            raise TypeError(f"score must be a Score or several, got {type(score).__name__}")
         q, k, v, offset = self._cross(x, context, cache) if self.context_dim else self._self(x, context, positions, cache)
         causal = self.causal if is_causal is None else is_causal
         if causal and self.context_dim:

@@ -19,6 +19,7 @@ from ..masks.algebra import intersect
 from ..scores import Score
 from .attention import Attention
 from .cache import Cache, DynamicCache
+from .errors import check_sizes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
@@ -48,6 +49,7 @@ class FeedForward(nn.Module):
         super().__init__()
         if not callable(activation) and activation not in (*ACTIVATIONS, *GATED):
             raise ValueError(f"activation must be a function or one of {(*ACTIVATIONS, *GATED)}, got {activation!r}")
+        check_sizes(dim=dim, hidden=hidden)
         hidden = 4 * dim if hidden is None else hidden
         self.gated = not callable(activation) and activation in GATED
         named: dict[Any, Callable[[Tensor], Tensor]] = GATED if self.gated else ACTIVATIONS

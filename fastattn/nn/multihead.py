@@ -16,9 +16,9 @@ from ..masks import Mask
 from ..problem import Problem
 from ..scores import Score
 from ..weights import dropped, weights
-from .errors import ArgumentError
+from .errors import RANK_OF_QUERY, ArgumentError
 from .ragged import ragged_forward
-from .torch_masks import converted
+from .torch_masks import check_dtype, converted
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -58,6 +58,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         for name, n in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+            if n is not None and not isinstance(n, int):
+                raise TypeError(f"{name} must be an int, got {n!r}")
             if n is not None and n <= 0:
                 raise ArgumentError(f"{name} must be greater than 0, got {n}")
         if embed_dim % num_heads:
@@ -99,6 +101,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             come last. Of nested tensors, the weights are padded with zeros.
 
         Raises:
+            TypeError: query, key or value is no tensor.
             ValueError: an argument's shape or dtype does not fit, or is_causal came without attn_mask. It is an
                 AssertionError and a RuntimeError too, which are torch's errors for these.
             NotImplementedError: torch.jit.trace is recording.
@@ -107,6 +110,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise NotImplementedError(
                 "torch.jit.trace cannot record fastattn.nn.MultiheadAttention; torch.export.export and torch.compile can"
             )
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
         if query.is_nested or key.is_nested or value.is_nested:
             return ragged_forward(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -191,13 +197,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         """
         rank = query.dim()
         if rank not in (2, 3):
-            raise ArgumentError(f"query must be 3-D, or 2-D without a batch, got {rank}-D")
+            raise ArgumentError(f"{RANK_OF_QUERY} but received {rank}-D query tensor")
+        given = f"with a {rank}-D query, expected"
         if key.dim() != rank or value.dim() != rank:
-            raise ArgumentError(f"key and value must be {rank}-D like query, got {key.dim()}-D and {value.dim()}-D")
+            got = f"{key.dim()}-D and {value.dim()}-D"
+            raise ArgumentError(f"{given} `key` and `value` to be {rank}-D but found {got} tensors respectively")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                check_dtype(name, mask)
         if key_padding_mask is not None and key_padding_mask.dim() != rank - 1:
-            raise ArgumentError(f"key_padding_mask must be None or {rank - 1}-D, got {key_padding_mask.dim()}-D")
+            got = f"{key_padding_mask.dim()}-D"
+            raise ArgumentError(f"{given} `key_padding_mask` to be `None` or {rank - 1}-D but found {got} tensor instead")
         if attn_mask is not None and attn_mask.dim() not in (2, 3):
-            raise ArgumentError(f"attn_mask must be None, 2-D or 3-D, got {attn_mask.dim()}-D")
+            got = f"{attn_mask.dim()}-D"
+            raise ArgumentError(f"{given} `attn_mask` to be `None`, 2-D or 3-D but found {got} tensor instead")
         inputs = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         dtype = self.out_proj.weight.dtype
         for name, x, features in inputs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..scores import ALiBi, RelativeBias, alibi_slopes, t5_bucket
+from .errors import check_sizes
 
 SCALINGS = (None, "linear", "ntk")
 STYLES = ("half", "interleaved")
@@ -88,6 +89,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_length: int, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_sizes(max_length=max_length, dim=dim)
         self.weight = nn.Parameter(torch.empty(max_length, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -96,6 +98,8 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, offset: int | Tensor = 0) -> Tensor:
         """x (..., L, dim) at positions (L,) or (B, L); offset 0, 1, 2, ... by default."""
+        if x.shape[-1] != self.weight.shape[1]:
+            raise ValueError(f"x must have {self.weight.shape[1]} features, got shape {tuple(x.shape)}")
         n, last = x.shape[-2], self.weight.shape[0]
         if positions is None and not isinstance(offset, Tensor):
             if not 0 <= offset <= last - n:
@@ -138,6 +142,8 @@ class Rotary(nn.Module):
         _check_dim("head_dim" if rotary_dim is None else "rotary_dim", self.rotary_dim)
         if self.rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim {head_dim}, got {rotary_dim}")
+        if not base > 0:
+            raise ValueError(f"base must be positive, got {base!r}")
         if style not in STYLES:
             raise ValueError(f"style must be one of {STYLES}, got {style!r}")
         if scaling not in SCALINGS:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..coords import Coordinates
 from ..masks import Causal, Documents, Lengths, Mask, Spans
 from ..masks.checks import readable
 from ..problem import Problem
-from .errors import ArgumentError
+from .errors import RANK_OF_QUERY, ArgumentError
 
 if TYPE_CHECKING:
     from .multihead import MultiheadAttention
@@ -62,6 +63,8 @@ def _packed(name: str, x: Tensor, features: int) -> Packed:
     Raises:
         ArgumentError: x is dense, ragged elsewhere, has holes or other features.
     """
+    if x.is_nested and x.dim() == 1:  # of no entries
+        raise ArgumentError(f"{RANK_OF_QUERY} but received 1-D {name} tensor")
     if not x.is_nested or x.dim() != 3:
         raise ArgumentError(
             f"{name} must be nested of 3 dimensions (N, ragged length, features), as query, key and value all must if one "
@@ -105,7 +108,7 @@ def _append(x: Tensor, last: Tensor, offsets: Tensor) -> Tensor:
 def _nested_like(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     """rows (total, E) with x's structure and layout."""
     if x.layout == torch.jagged:
-        return torch.nested.nested_tensor_from_jagged(rows, offsets)
+        return compat.jagged(rows, offsets)
     return torch.nested.as_nested_tensor(list(rows.split(offsets.diff().tolist())))
 
 

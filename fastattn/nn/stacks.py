@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import MaskLike
 from .cache import Cache, DynamicCache
+from .errors import check_sizes
 from .layers import DecoderLayer, EncoderLayer, LayerCache, Scores, lowered_once, make_norm, padded_mask
 
 
@@ -21,6 +22,7 @@ class Encoder(nn.Module):
 
     def __init__(self, n_layers: int, dim: int, n_heads: int, hidden: int | None = None, **layer: Any) -> None:
         super().__init__()
+        check_sizes(n_layers=n_layers)
         self.layers = nn.ModuleList(EncoderLayer(dim, n_heads, hidden, **layer) for _ in range(n_layers))
         self.norm = _last_norm(dim, layer)
 
@@ -50,6 +52,7 @@ class Decoder(nn.Module):
 
     def __init__(self, n_layers: int, dim: int, n_heads: int, hidden: int | None = None, **layer: Any) -> None:
         super().__init__()
+        check_sizes(n_layers=n_layers)
         self.layers = nn.ModuleList(DecoderLayer(dim, n_heads, hidden, **layer) for _ in range(n_layers))
         self.norm = _last_norm(dim, layer)
 

@@ -25,12 +25,11 @@ def converted(
         n_b, n_h, n_q, n_k: sizes of the call. extra: keys behind the n_k that the masks know, which every row sees.
 
     Raises:
-        ArgumentError: a mask's dtype or shape does not fit.
+        ArgumentError: a mask's shape does not fit.
     """
     mask: Mask | None = None
     scores: list[Score] = []
     if attn_mask is not None:
-        check_dtype("attn_mask", attn_mask)
         _check_attn_mask(attn_mask, n_b, n_h, n_q, n_k)
         if is_causal and extra == 0 and not _is_known(attn_mask):
             mask = Causal("top_left")
@@ -38,7 +37,6 @@ def converted(
             leading = (n_b, n_h) if attn_mask.dim() == 3 else (1, 1)
             mask = _add(attn_mask.reshape(*leading, n_q, n_k), extra, mask, scores)
     if key_padding_mask is not None:
-        check_dtype("key_padding_mask", key_padding_mask)
         if key_padding_mask.shape != (n_b, n_k):
             raise ArgumentError(f"key_padding_mask must have shape {(n_b, n_k)}, got {tuple(key_padding_mask.shape)}")
         mask = _add(key_padding_mask[:, None, None], extra, mask, scores)
@@ -78,4 +76,4 @@ def check_dtype(name: str, x: Tensor) -> None:
 def _check_attn_mask(x: Tensor, n_b: int, n_h: int, n_q: int, n_k: int) -> None:
     accepted = ((n_q, n_k), (n_b * n_h, n_q, n_k))
     if not any(len(shape) == x.dim() and all(a == b for a, b in zip(x.shape, shape)) for shape in accepted):
-        raise ArgumentError(f"attn_mask must have shape {accepted[0]} or {accepted[1]}, got {tuple(x.shape)}")
+        raise ArgumentError(f"Expected `attn_mask` shape to be {accepted[1]} or {accepted[0]} but got {tuple(x.shape)}")

@@ -12,7 +12,7 @@ import fastattn as fa
 from fastattn.bench import host_models, hosts
 from fastattn.integrations import report
 from fastattn.integrations import transformers as hf
-from fastattn.integrations.transformers_masks import structure
+from fastattn.integrations.transformers_masks import all_real, is_all_real, structure
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -86,10 +86,10 @@ MEMORY = {
     "BERT": (torch.bool, (2, 1, 1, 13)),
     "ModernBERT": (torch.uint8, (2, 13)),
     "GPT-2, padded": (torch.bool, (2, 13)),
-    "GPT-2": None,
+    "GPT-2": (torch.bool, (2, 13)),
     "Llama, GQA, padded left": (torch.bool, (2, 13)),
     "Mistral, window": (torch.bool, (2, 13)),
-    "ViT": None,
+    "ViT": (torch.bool, (2, 1, 1, 17)),
 }
 
 
@@ -115,6 +115,73 @@ def test_padding_anywhere(name, padding):
     a, b = both(case, lambda model: case.run())
     assert_close(a, b, atol=5e-6, rtol=1e-5)
     assert b.isfinite().all()
+
+
+def test_no_padding_takes_no_memory_and_no_mask():
+    causal, windowed = (all_real(2, 13, "cpu", dtype) for dtype in (torch.bool, torch.uint8))
+    wanted = (
+        (causal, None, fa.Causal("bottom_right")),
+        (causal, 4, fa.SlidingWindow(3, 0, "bottom_right")),
+        (windowed, 4, fa.SlidingWindow(3, 3, "bottom_right")),
+        (causal[:, None, None], 4, fa.Full()),
+    )
+    for given, window, mask in wanted:
+        assert given.untyped_storage().nbytes() == 1
+        assert is_all_real(given)
+        for says in (True, False):
+            found, bias = structure(given, says, window, 13, 13, None, None)
+            assert repr(found) == repr(mask)
+            assert bias is None
+    assert is_all_real(causal[:, :9])
+    assert not is_all_real(torch.zeros((1, 1), dtype=torch.bool).expand(2, 13))  # a caller's own, which hides everything
+
+
+PATTERNS = {  # a module whose is_causal is missing or says something else than the mask that was asked for
+    "full, and nothing said": host_models.hf("SplinterModel", "SplinterConfig", None, **host_models.SMALL),
+    "causal, and False said": host_models.hf(
+        "PegasusXForConditionalGeneration", "PegasusXConfig", None, 7, **host_models.SEQ2SEQ
+    ),
+    "a mask that the model takes apart": host_models.hf(
+        "NllbMoeModel", "NllbMoeConfig", None, 7, num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2,
+        **host_models.SEQ2SEQ,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_mask_decides_what_is_causal(name):
+    case = PATTERNS[name]()
+    a, b = both(case, lambda model: case.run())
+    assert_close(a, b, atol=5e-6, rtol=1e-5)
+
+
+OWN_SOFTMAX = {
+    "MegatronBert": host_models.hf("MegatronBertForMaskedLM", "MegatronBertConfig", **host_models.SMALL),
+    "MPNet": host_models.hf("MPNetForMaskedLM", "MPNetConfig", **host_models.SMALL),
+    "ImageGPT": host_models.hf("ImageGPTModel", "ImageGPTConfig", "left", **host_models.GPT),
+    "BLIP's text": host_models.hf("BlipTextModel", "BlipTextConfig", "left", **host_models.SMALL),
+    "Falcon": host_models.hf("FalconForCausalLM", "FalconConfig", "left", **host_models.SMALL),
+}
+
+
+@pytest.mark.parametrize("name", OWN_SOFTMAX)
+def test_a_softmax_of_the_models_own_gets_eagers_mask(name):
+    """Such a model does not ask for its attention, but it does ask for a mask, which it adds to its scores."""
+    found = []
+    for implementation in ("eager", "fastattn"):
+        case = OWN_SOFTMAX[name]()
+        attend_with(case.model, implementation)
+        found.append(case.run())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("argument", hf.UNKNOWN)
+def test_arguments_that_are_not_known_are_refused(argument):
+    """An indexer's choice of keys, say, which the mask holds for eager and sdpa alone."""
+    x = torch.randn(1, 1, 2, 4)
+    with pytest.raises(NotImplementedError, match=f"does not know the argument '{argument}' that Module passes"):
+        hf.attention(torch.nn.Module(), x, x, x, None, **{argument: torch.zeros(1, 2, 1)})
+    hf.attention(torch.nn.Module(), x, x, x, None, **{argument: None})
 
 
 PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
@@ -245,7 +312,7 @@ def test_chunks_are_built_only_where_they_matter():
     mask = ours(2, 13, 13, mask_function=chunks, local_size=4, config=config)
     assert mask.shape == (2, 1, 13, 13)
     assert not mask[0, 0, 5, 3]
-    assert ours(2, 4, 4, mask_function=chunks, local_size=4, config=config) is None
+    assert is_all_real(ours(2, 4, 4, mask_function=chunks, local_size=4, config=config))
 
 
 def test_a_window_that_the_module_would_not_pass_on():
@@ -258,7 +325,7 @@ def test_a_window_that_the_module_would_not_pass_on():
     ours = transformers.AttentionMaskInterface()["fastattn"]
     windowed = sliding_window_causal_mask_function(4)
     assert ours(1, 9, 9, mask_function=windowed, local_size=4, config=Config()).shape == (1, 1, 9, 9)
-    assert ours(1, 9, 9, mask_function=windowed, local_size=4, config=transformers.MistralConfig()) is None
+    assert is_all_real(ours(1, 9, 9, mask_function=windowed, local_size=4, config=transformers.MistralConfig()))
 
 
 def test_training_with_dropout():
