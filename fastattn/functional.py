@@ -18,7 +18,7 @@ from torch import Tensor
 from . import autograd, dispatch, express
 from .backends import reference
 from .coords import Coordinates
-from .masks import Causal, Dense, DensePredicate, Documents, Full, LoweredMask, Mask
+from .masks import Dense, DensePredicate, Documents, Full, LoweredMask, Mask
 from .masks.checks import brief
 from .masks.ragged import check_cumulative, check_within
 from .problem import IDENTITY, Problem, acc_dtype
@@ -76,11 +76,10 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None and not dropout_p
-    usual = not return_lse and backend is None and deterministic is None
+    bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None
+    usual = not return_lse and backend is None and deterministic is None and type(dropout_p) is float and dropout_p == 0.0
     if bare and usual:
-        causal = _causal_alone(mask, q, k)
-        short = None if causal is None else express.attend(q, k, v, causal, scale)
+        short = _short(q, k, v, mask, scale)
         if short is not None:
             return short
     p = problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministic, coords)
@@ -88,17 +87,13 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _causal_alone(mask: MaskLike, q: Tensor, k: Tensor) -> bool | None:
-    """Whether a mask hides what comes later and no more, False where it hides nothing, None where it is any other."""
+def _short(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike, scale: float | None) -> Tensor | None:
+    """A small call's output without a Problem, or None where it must have one."""
     if mask is None or type(mask) is Full:
-        return False
-    if type(mask) is Causal:
-        return None if isinstance(mask.align, int) else True
-    if type(mask) is not LoweredMask or torch.compiler.is_compiling() or not isinstance(q, Tensor) or not isinstance(k, Tensor):
-        return None
-    if q.dim() != 4 or k.dim() != 4 or (mask.n_q, mask.n_k) != (q.shape[2], k.shape[2]):
-        return None
-    return False if mask.is_full else True if mask.is_causal and mask.n_q == mask.n_k else None
+        return express.attend(q, k, v, False, scale, True)
+    if isinstance(mask, (Mask, LoweredMask)):
+        return express.attend_masked(q, k, v, mask, scale)
+    return express.attend_tensor(q, k, v, mask, scale, True) if getattr(mask, "dtype", None) == torch.bool else None
 
 
 def _run(p: Problem) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,11 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    if attn_mask is None and dropout_p == 0.0 and type(is_causal) is bool and type(enable_gqa) is bool:
-        short = express.attend(query, key, value, is_causal, scale)
+    if type(dropout_p) is float and dropout_p == 0.0 and type(is_causal) is bool and type(enable_gqa) is bool:
+        if attn_mask is None:
+            short = express.attend(query, key, value, is_causal, scale, enable_gqa)
+        else:
+            short = None if is_causal else express.attend_tensor(query, key, value, attn_mask, scale, enable_gqa)
         if short is not None:
             return short
     align = compat.causal_bias_alignment(attn_mask)
