@@ -80,7 +80,9 @@ def attend_masked(q: Any, k: Any, v: Any, mask: Mask | LoweredMask, scale: float
 
 def attend_tensor(q: Any, k: Any, v: Any, mask: Any, scale: float | None, grouped: bool) -> Tensor | None:
     """The same under a bool tensor (True: visible) or one that is added to the scores, of any shape that broadcasts."""
-    if type(mask) is not Tensor or not mask.is_cpu or mask.requires_grad or not _takes(q, k, v, scale, grouped, joint.MASK):
+    if type(mask) is not Tensor or mask.is_nested or not mask.is_cpu or mask.layout != torch.strided or mask.requires_grad:
+        return None
+    if not _takes(q, k, v, scale, grouped, joint.MASK):
         return None
     (n_b, n_h, n_q, _), n_k = q.shape, k.shape[2]
     shape = mask.shape
@@ -99,6 +101,8 @@ def _takes(q: Any, k: Any, v: Any, scale: Any, grouped: bool, most: int) -> bool
     """Whether torch's kernel takes these as they stand, of at most so many scores, and nothing watches."""
     if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor or not compat.nothing_watches():
         return False
+    if q.is_nested or k.is_nested or v.is_nested:
+        return False
     shape, k_shape, dtype = q.shape, k.shape, q.dtype
     if len(shape) != 4 or k_shape != v.shape:
         return False
@@ -112,7 +116,7 @@ def _takes(q: Any, k: Any, v: Any, scale: Any, grouped: bool, most: int) -> bool
         return False
     if not 0 < q.numel() * k_shape[2] <= most * shape[3]:
         return False
-    if not (q.is_cpu and k.is_cpu and v.is_cpu):
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and q.layout == k.layout == v.layout == torch.strided):
         return False
     if scale is not None and (type(scale) is not float or not 0.0 < scale < math.inf):
         return False

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import compat, dispatch, express
-from .functional import DTYPES, FULL, _autocast, _run, autocasting, checked_scale
+from .functional import DTYPES, FULL, _autocast, _run, autocasting, check_dense, checked_scale
 from .masks import Causal, Dense, LoweredMask, Mask
 from .nested import is_jagged, nested_attention
 from .problem import IDENTITY, Problem
@@ -115,6 +115,7 @@ def _four_dimensions(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        check_dense(x, name, "one of layout torch.jagged is taken")
         if x.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
         if x.dtype != query.dtype or x.dtype not in DTYPES:
