@@ -122,8 +122,8 @@ def test_keys_that_nobody_sees_may_hold_anything(name, trained, value):
     unseen = ~mask.to_dense(n_q, n_k).expand(2, 4, -1, -1).any(2).any(1)[:, None, :, None]
     assert unseen.any()
     results = []
-    for fill in (0.0, value):
-        x = [y.clone().requires_grad_(trained) for y in (q, k.masked_fill(unseen, fill), v.masked_fill(unseen, fill))]
+    for fill in (torch.tensor(0.0), value * torch.tensor([1.0, -1.0] * 4)):  # large ones that add up to 0
+        x = [y.clone().requires_grad_(trained) for y in (q, torch.where(unseen, fill, k), torch.where(unseen, fill, v))]
         for given in (mask, mask.to_dense(n_q, n_k)):
             out = fa.attention(*x, mask=given)
             results.append([out, *torch.autograd.grad(out.sum(), x)] if trained else [out])
