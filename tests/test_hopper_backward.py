@@ -1,6 +1,7 @@
 """The fused backward of sm_90: its launches executed by the simulator against float64, and what the compiler makes of it."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import cases
@@ -202,10 +203,14 @@ KINDS = {  # name -> (head_dim, options of the example)
 }
 
 
-def inspected(head_dim, options, name="hopper_backward"):
+def recorded(head_dim, options):
     p = offline.example(head_dim, torch.bfloat16, **options)
-    (launch,) = (x for x in offline.own_launches(p, "sm_90") if x.kernel.__name__ == name)
-    return offline.inspect(launch, "sm_90")
+    (launch,) = (x for x in offline.own_launches(p, "sm_90") if x.kernel.__name__ == "hopper_backward")
+    return launch
+
+
+def inspected(head_dim, options):
+    return offline.inspect(recorded(head_dim, options), "sm_90")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,6 +238,19 @@ def test_a_newer_assembler_finds_no_hazard_either(tmp_path, monkeypatch):
     report, _, hazards, _ = inspected(128, {})
     assert (report.warning, hazards) == ("", [])
     assert report.local <= 32, str(report)
+
+
+def test_slices_have_whole_rows_of_their_swizzle(tmp_path, monkeypatch):
+    """The matrix instructions are documented for tiles that begin where a row of the swizzle begins, and are as wide."""
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    text = offline.compiled(recorded(64, {}), "sm_90").asm["ttgir"]
+    swizzles = {name: int(n) for name, n in re.findall(r"(#\w+) = #ttg.nvmma_shared<{swizzlingByteWidth = (\d+)", text)}
+    slice_of = r"memdesc_subslice %\w+\[[\d, ]*?(\d+)\] .*?x(\d+)xbf16.*? -> !ttg.memdesc<[\dx]*?x(\d+)xbf16, (#\w+)"
+    slices = re.findall(slice_of, text)
+    columns = [(int(first), int(own)) for first, whole, own, _ in slices if own != whole]
+    assert sorted(columns) == [(0, 32), (32, 32)]  # of keys, for dq
+    assert all(int(own) * 2 % swizzles[layout] == 0 for *_, own, layout in slices)
 
 
 OTHER = """

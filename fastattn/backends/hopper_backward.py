@@ -82,12 +82,12 @@ def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, d
     group = p.n_h // p.n_kv
     triton_call.run(
         kernels.hopper_backward, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how,
-        descriptor(q, how.block_q, dim), descriptor(k, how.block_k, dim), descriptor(v, how.block_k, dim),
+        descriptor(q, how.block_q, dim), descriptor(k, how.block_k, dim, 2), descriptor(v, how.block_k, dim),
         descriptor(do, how.block_q, dim), row_descriptor(rows.lse2, how.block_q), row_descriptor(rows.delta, how.block_q),
-        descriptor(dk, how.block_k // 2, dim), descriptor(dv, how.block_k // 2, dim), descriptor(total, how.block_q, dim // 2),
-        descriptor(sums, how.block_q, sums.shape[3]), column_pass(p, call, how), p.scale, *call.ints, p.n_kv,
-        max(p.n_b_coords, 1), n_pad, call.flags, call.chain, group, call.spans, dim, (how.block_q, how.block_k),
-        how.num_stages, overlap(p, call, dim), int(zero_sum), REGISTERS,
+        descriptor(dk, how.block_k // 2, dim, 2), descriptor(dv, how.block_k // 2, dim),
+        descriptor(total, how.block_q, dim // 2), descriptor(sums, how.block_q, sums.shape[3]), column_pass(p, call, how),
+        p.scale, *call.ints, p.n_kv, max(p.n_b_coords, 1), n_pad, call.flags, call.chain, group, call.spans, dim,
+        (how.block_q, how.block_k), how.num_stages, overlap(p, call, dim), int(zero_sum), REGISTERS,
     )  # fmt: skip
     triton_call.run(
         kernels.finish_dq, cdiv(p.n_q, FINISH.block_q) * p.n_b * p.n_h, FINISH, total, sums, k, rows.lse2, rows.delta,

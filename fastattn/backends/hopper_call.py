@@ -74,10 +74,13 @@ def row_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _template(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int) -> Any:
+def _template(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int, parts: int
+) -> Any:
     """A checked descriptor of anything with these strides, of tiles of rows x columns; it has no base."""
     bits = 8 * dtype.itemsize
-    layout = gluon.gl.NVMMASharedLayout(swizzle_byte_width=min(128, columns * bits // 8), element_bitwidth=bits, rank=4)
+    swizzle = min(128, columns // parts * bits // 8)
+    layout = gluon.gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=4)
     row = max(shape[3], ALIGNED * 8 // bits)
     legal = [s if n > 1 else row for n, s in zip(shape[:3], strides[:3])]
     return gluon.TensorDescriptor(
@@ -85,9 +88,12 @@ def _template(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dty
     )
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    """x (B, H, L, D) in tiles of rows x columns. What can be checked is checked once for all tensors with these strides."""
-    known = _template(tuple(x.shape), x.stride(), x.dtype, rows, columns)
+def descriptor(x: Tensor, rows: int, columns: int, parts: int = 1) -> Any:
+    """x (B, H, L, D) in tiles of rows x columns. What can be checked is checked once for all tensors with these strides.
+
+    parts: into how many slices a kernel cuts the columns; each then has whole rows of the swizzle for itself.
+    """
+    known = _template(tuple(x.shape), x.stride(), x.dtype, rows, columns, parts)
     found = object.__new__(type(known))
     found.__dict__.update(known.__dict__, base=x)
     return found

@@ -34,7 +34,7 @@ class CustomPredicate(NamedTuple):
         """`module:qualname#hash8` of fn, followed by `+` and that of triton_fn where there is one."""
         if self.triton_fn is None:
             return function_key(self.fn)
-        return function_key(self.fn) + "+" + function_key(self.triton_fn)
+        return function_key(self.fn) + "+" + function_key(_plain(self.triton_fn))
 
     def visible(self, b: Tensor, h: Tensor, q_idx: Tensor, k_idx: Tensor) -> Tensor:
         """fn's answer.
@@ -66,7 +66,7 @@ Predicate = DensePredicate | CustomPredicate
 
 @compat.constant_in_graphs
 def function_key(fn: Any) -> str:
-    """`module:qualname#hash8` of an importable function (or Triton function)."""
+    """`module:qualname#hash8` of an importable function; the tracer of torch 2.11 takes no Triton function here."""
     return _function_key(fn)
 
 
