@@ -77,8 +77,8 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
     bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None
-    usual = not return_lse and backend is None and deterministic is None and type(dropout_p) is float and dropout_p == 0.0
-    if bare and usual:
+    usual = not return_lse and backend is None and deterministic is None
+    if bare and usual and type(dropout_p) in (float, int) and dropout_p == 0:
         short = _short(q, k, v, mask, scale)
         if short is not None:
             return short

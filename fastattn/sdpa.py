@@ -53,7 +53,7 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    if type(dropout_p) is float and dropout_p == 0.0 and type(is_causal) is bool and type(enable_gqa) is bool:
+    if type(dropout_p) in (float, int) and dropout_p == 0 and type(is_causal) is bool and type(enable_gqa) is bool:
         if attn_mask is None:
             short = express.attend(query, key, value, is_causal, scale, enable_gqa)
         else:

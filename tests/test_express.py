@@ -78,6 +78,8 @@ def test_what_takes_the_short_way(trained, dtype):
     fa.attention(q, k, v, mask=fa.Documents(cu_seqlens=torch.tensor([0, 4, 9])))
     for mask in (None, dense, dense[0, 0], keep[:, None, None], torch.randn(9, 9), torch.randn(4, 1, 9).to(dtype)):
         fa.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    fa.attention(q, k, v, mask=dense, dropout_p=0)
+    fa.scaled_dot_product_attention(q, k, v, dense, 0, enable_gqa=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
