@@ -197,3 +197,15 @@ def test_errors_are_those_of_the_long_way():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 17, 31])  # the kernel's vectors have 4 to 16 numbers, by processor and dtype
+def test_a_nan_row_stays_nan_and_alone(n, dtype):
+    q, k, v = (x.detach() for x in tensors(1, 4, 2, n, n, 8, 8, dtype))
+    q[0, 1, n // 2, 2] = torch.nan
+    for mask in (None, fa.Causal(), fa.SlidingWindow(n, 0), torch.ones(n, n, dtype=torch.bool)):
+        out = fa.attention(q, k, v, mask=mask)
+        assert out[0, 1, n // 2].isnan().all()
+        out[0, 1, n // 2] = 0
+        assert not out.isnan().any()
