@@ -19,7 +19,7 @@ from .regions import MASK, Region, is_static, predicate_tile
 
 CALL = 1 << 16  # score elements of a call
 ENTRY = 1 << 13  # score elements of a batch entry, where entries differ
-FAR = 64  # keys from which it is worth a look whether they are many more than the rows see
+FAR = 256  # keys from which it is worth a look whether they are many more than the rows see
 FEW = 1 << 12  # elements that torch selects faster than it computes with them
 
 
@@ -79,11 +79,14 @@ def hidden_in(mask: LoweredMask, n_b: int, n_h: int) -> Hidden | None:
     return hidden_by(visible, mask.n_k)
 
 
-def hidden_by(visible: Tensor, n_k: int) -> Hidden:
-    """What a bool mask (B|1, H|1, rows|1, n_k|1) hides. Keys that no row sees are counted only where that may pay."""
+def hidden_by(visible: Tensor, n_k: int, kept: bool = False) -> Hidden:
+    """What a bool mask (B|1, H|1, rows|1, n_k|1) hides. Keys that no row sees are looked for only where that may pay.
+
+    kept: whether the result serves many calls.
+    """
     if visible.shape[3] != n_k:
         visible = visible.expand(*visible.shape[:3], n_k)
-    if n_k >= FAR:
+    if kept or n_k >= FAR:
         index = seen_keys(visible).amax(0).nonzero()
         if 0 < len(index) <= n_k // 2:
             first, last = int(index[0]), int(index[-1]) + 1
@@ -128,7 +131,7 @@ def of_spans(spans: tuple, n_q: int, n_k: int) -> Hidden:
     """What affine spans with integer constants hide, kept: models call with the same few again and again."""
     with torch.inference_mode(False):
         visible = _by_spans(LoweredMask(n_q, n_k, spans), n_q, n_k)
-        found = hidden_by(torch.ones(1, 1, 1, n_k, dtype=torch.bool) if visible is None else visible, n_k)
+        found = hidden_by(torch.ones(1, 1, 1, n_k, dtype=torch.bool) if visible is None else visible, n_k, True)
         return found._replace(unseen=not seen_keys(found.visible).all())
 
 
