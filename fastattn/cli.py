@@ -83,6 +83,8 @@ def bench(options: argparse.Namespace) -> int:
     from .bench import compare, revisions, suite
     from .bench.sweeps import SWEEPS
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.profile:
         return _profile(options, device)
@@ -90,6 +92,8 @@ def bench(options: argparse.Namespace) -> int:
     if "all" in suites:
         suites = tuple(name for name in SUITES if name in SWEEPS or not options.base)
     if options.list:
+        if wrong := [name for name in options.suites if name not in (*SUITES, "all")]:
+            raise ValueError(f"no suite is named {wrong[0]}; there are {', '.join(SUITES)} and all")
         for name in SWEEPS if not options.suites else [name for name in suites if name in SWEEPS]:
             print(f"{name}:")
             for w in dict.fromkeys(cell.workload for cell in SWEEPS[name](device)):
@@ -175,7 +179,8 @@ def _results(path: Path) -> dict[str, Any]:
         raise ValueError(f"no results at {found}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{found} is no results.json: {error}") from error
-    if not isinstance(data, dict) or "environment" not in data:
+    facts = data.get("environment") if isinstance(data, dict) else None
+    if not isinstance(facts, dict) or "fastattn" not in facts:
         raise ValueError(f"{found} is no results.json of the benchmark")
     return data
 
@@ -299,6 +304,8 @@ def _shape(text: str) -> tuple[int, ...]:
         sizes = (-1,)
     if min(sizes) < 0:
         raise argparse.ArgumentTypeError(f"a shape is written as 1,8,1024,64, got {text!r}")
+    if max(sizes) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"sizes must be below 2^31, got {text!r}")
     return sizes
 
 
@@ -374,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("compile", help="compile the Triton kernels without a GPU: registers, spills, shared memory")
     one.add_argument("--arch", action="append", metavar="SM", help="for instance sm_90; may be repeated (default sm_80 sm_90)")
-    one.add_argument("--head-dim", action="append", type=int, metavar="D", help="may be repeated (default 64 128)")
+    one.add_argument("--head-dim", action="append", type=_count, metavar="D", help="may be repeated (default 64 128)")
     one.add_argument("--dtype", action="append", choices=["float16", "bfloat16", "float32"], help="may be repeated (bfloat16)")
     one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well, in "
                      "bfloat16 and float32; without --arch also every architecture, and the baseline anew")  # fmt: skip
@@ -385,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=compile_kernels)
 
     one = commands.add_parser("tune", help="measure the kernels' launch configurations on this GPU and write its table")
-    one.add_argument("--head-dim", action="append", type=int, metavar="D", help="may be repeated (default 64 128 256)")
+    one.add_argument("--head-dim", action="append", type=_count, metavar="D", help="may be repeated (default 64 128 256)")
     one.add_argument("--dtype", action="append", choices=["float16", "bfloat16", "float32"], help="default bfloat16 float32")
     one.add_argument("--only", action="append", default=[], metavar="KERNEL", choices=KERNELS, help=", ".join(KERNELS))
     one.add_argument("--length", type=_count, default=4096, metavar="L", help="rows and keys of the timed calls (default 4096)")

@@ -1,9 +1,10 @@
-"""The short way for small plain calls on the CPU, where the host's work would outweigh the attention itself.
+"""The short way for small calls on the CPU, where the host's work would outweigh the attention itself.
 
-Full or square causal attention of dense tensors, with nothing watching (no transform, no mode, no compiler, no autocast):
-torch's fused kernel inside one classic autograd.Function, without describing the call as a Problem. The tiniest calls take
-torch's own autograd node instead, which costs less than a Function's two visits to Python; a hook on the output steps in
-where that node's backward is itself to be differentiated. Anything else goes the long way, and all give the same numbers.
+Attention of dense tensors that is full, square causal, or under a mask, with nothing watching (no transform, no mode, no
+compiler, no autocast): torch's fused kernel inside one classic autograd.Function, without describing the call as a Problem. The
+tiniest calls take torch's own autograd node instead, which costs less than a Function's two visits to Python; a hook on the
+output steps in where that node's backward is itself to be differentiated. Anything else goes the long way, and all give the
+same numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from . import compat
 from .autograd import BWD
+from .backends import joint
 from .backends.fused import VECTOR
-from .problem import rows_apart
+from .backends.regions import is_static
+from .masks import Bound, Causal, LoweredMask, Mask
+from .problem import IDENTITY, LOW, Problem, acc_dtype, rows_apart, with_param_grads
+from .scores import Bias
 
 SMALL = 1 << 23  # score elements beyond which the host's work no longer shows
 CAUSAL = 1 << 19  # the same of causal calls, which the long way cuts so that less is wasted above the diagonal
@@ -25,46 +30,144 @@ TINY = 1 << 15  # elements of q, k and v that may live as long as the graph, whe
 FEW = 128  # numbers that are quickly read one by one
 _forward = compat.fused_cpu_forward
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_NOTHING_HIDDEN = {dtype: torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_DTYPES = (*LOW, torch.float32, torch.float64)
+_NOTHING_HIDDEN = {dtype: torch.zeros(1, 1, dtype=acc_dtype(dtype)) for dtype in _DTYPES}
 
 
-def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None) -> Tensor | None:
-    """The output of a plain call, or None where the call must go the long way (an error in it included)."""
+def attend(q: Any, k: Any, v: Any, causal: bool, scale: float | None, grouped: bool) -> Tensor | None:
+    """The output of a call without a mask, or None where the call must go the long way (an error in it included).
+
+    grouped: whether q may have a multiple of k's heads.
+    """
+    if not _takes(q, k, v, scale, grouped, CAUSAL if causal else SMALL) or (causal and q.shape[2] != k.shape[2]):
+        return None
+    return _attend(q, k, v, None, causal, scale)
+
+
+def attend_masked(q: Any, k: Any, v: Any, mask: Mask | LoweredMask, scale: float | None) -> Tensor | None:
+    """The same under a mask.
+
+    Raises:
+        ValueError: the mask cannot be lowered for these lengths.
+    """
+    if not _takes(q, k, v, scale, True, SMALL):
+        return None
+    (n_b, n_h, n_q, _), n_k = q.shape, k.shape[2]
+    n_scores = n_b * n_h * n_q * n_k
+    if type(mask) is Causal and n_q == n_k and not isinstance(mask.align, int):
+        return _attend(q, k, v, None, True, scale) if n_scores <= CAUSAL else None
+    if isinstance(mask, Mask):
+        if not joint.worthwhile(n_b, n_h, n_q, n_k):
+            return None
+        mask = mask.lower(n_q, n_k)
+    elif (mask.n_q, mask.n_k) != (n_q, n_k):
+        return None
+    if mask.is_full:
+        return _attend(q, k, v, None, False, scale)
+    if mask.is_causal and n_q == n_k:
+        return _attend(q, k, v, None, True, scale) if n_scores <= CAUSAL else None
+    if not joint.worthwhile(n_b, n_h, n_q, n_k):
+        return None
+    if mask.predicates or not is_static(mask):
+        hidden = joint.hidden_in(mask, n_b, n_h)
+        return None if hidden is None else _attend_hidden(q, k, v, hidden, None, scale)
+    if n_scores > joint.CALL:
+        return None
+    spans = mask.spans
+    added = joint.added_of_spans(spans, n_q, n_k, acc_dtype(q.dtype))
+    return _attend_hidden(q, k, v, joint.of_spans(spans, n_q, n_k), added, scale)
+
+
+def attend_tensor(q: Any, k: Any, v: Any, mask: Any, scale: float | None, grouped: bool) -> Tensor | None:
+    """The same under a bool tensor (True: visible) or one that is added to the scores, of any shape that broadcasts."""
+    if type(mask) is not Tensor or mask.is_nested or not mask.is_cpu or mask.layout != torch.strided or mask.requires_grad:
+        return None
+    if not _takes(q, k, v, scale, grouped, joint.MASK):
+        return None
+    (n_b, n_h, n_q, _), n_k = q.shape, k.shape[2]
+    shape = mask.shape
+    if len(shape) > 4 or any(m not in (1, n) for m, n in zip(reversed(shape), (n_k, n_q, n_h, n_b))):
+        return None
+    mask = mask.view((1,) * (4 - len(shape)) + shape)
+    if mask.dtype != torch.bool:
+        acc = acc_dtype(q.dtype)
+        return _attend(q, k, v, mask.to(acc), False, scale) if mask.dtype in (q.dtype, acc) else None
+    if not joint.worthwhile(n_b, n_h, n_q, n_k) or (n_b * n_h * n_q * n_k > joint.CALL and mask.shape[0] == 1):
+        return None
+    return _attend_hidden(q, k, v, joint.hidden_by(mask, n_k), None, scale)
+
+
+def _takes(q: Any, k: Any, v: Any, scale: Any, grouped: bool, most: int) -> bool:
+    """Whether torch's kernel takes these as they stand, of at most so many scores, and nothing watches."""
     if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor or not compat.nothing_watches():
-        return None
-    shape, k_shape = q.shape, k.shape
+        return False
+    if q.is_nested or k.is_nested or v.is_nested:
+        return False
+    shape, k_shape, dtype = q.shape, k.shape, q.dtype
     if len(shape) != 4 or k_shape != v.shape:
-        return None
-    if k_shape != shape and (causal or shape[:2] + shape[3:] != k_shape[:2] + k_shape[3:]):
-        return None
-    dim, dtype, size = shape[3], q.dtype, q.numel()
-    if not 0 < size * k_shape[2] <= (CAUSAL if causal else SMALL) * dim:
-        return None
+        return False
+    if k_shape != shape:
+        if shape[0] != k_shape[0] or shape[3] != k_shape[3]:
+            return False
+        heads, own = shape[1], k_shape[1]
+        if heads != own and (not grouped or own == 0 or heads % own):
+            return False
     if dtype not in _NOTHING_HIDDEN or k.dtype != dtype or v.dtype != dtype:
+        return False
+    if not 0 < q.numel() * k_shape[2] <= most * shape[3]:
+        return False
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and q.layout == k.layout == v.layout == torch.strided):
+        return False
+    if scale is not None and (type(scale) is not float or not 0.0 < scale < math.inf):
+        return False
+    return (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (
+        q.stride(3) == k.stride(3) == v.stride(3) == 1 and rows_apart(q) and rows_apart(k) and rows_apart(v)
+    )
+
+
+def _wants_gradients(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _attend_hidden(
+    q: Tensor, k: Tensor, v: Tensor, hidden: joint.Hidden, added: Tensor | None, scale: float | None
+) -> Tensor | None:
+    """The output where a mask hides keys; None where one that no row sees holds what a weight of 0 does not silence."""
+    if hidden.last - hidden.first < k.shape[2]:
+        k, v = k[:, :, hidden.first : hidden.last], v[:, :, hidden.first : hidden.last]
+    trained = _wants_gradients(q, k, v)
+    if hidden.unseen and trained and not (joint.is_tame(k) and joint.is_tame(v)):
         return None
-    if not (q.is_cpu and k.is_cpu and v.is_cpu):
+    added = joint.added(hidden.visible, acc_dtype(q.dtype)) if added is None else added
+    out = _attend(q, k, v, added, False, scale)
+    if hidden.unseen and not trained and out is not None and math.isnan(out.sum().item()):
         return None
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) and (
-        q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1 or not rows_apart(q)
-    ):
-        return None
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float | None) -> Tensor | None:
+    """The output; None for a training call in half precision that is not tiny: whole copies of it would take memory."""
     if scale is None:
-        scale = 1.0 / math.sqrt(dim)
-    elif type(scale) is not float or not 0.0 < scale < math.inf:
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        if size + 2 * k.numel() > TINY:
-            return compat.base_apply(_Attend, q, k, v, causal, scale)
-        out = _computed(q, k, v, causal, scale)[0]
-        compat.watch_gradient(out, _Again(q, k, v, causal, scale))
-        return out
-    return _computed(q, k, v, causal, scale)[0]
+        scale = 1.0 / math.sqrt(q.shape[3])
+    if not _wants_gradients(q, k, v):
+        return _computed(q, k, v, added, causal, scale)[0]
+    tiny = q.numel() + 2 * k.numel() <= TINY
+    dtype = q.dtype
+    if dtype in LOW:
+        if not tiny:
+            return None
+        q, k, v = q.float(), k.float(), v.float()
+    if not tiny:
+        return compat.base_apply(_Attend, q, k, v, added, causal, scale)
+    out = _computed(q, k, v, added, causal, scale)[0]
+    compat.watch_gradient(out, _Again(q, k, v, added, causal, scale))
+    return out if dtype == out.dtype else out.to(dtype)
 
 
-def _computed(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _computed(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse). With few keys the kernel takes a NaN row for a hidden one, which its lse of 0 gives away; a mask mends it."""
-    out, lse = _forward(q, k, v, 0.0, causal, scale=scale)
-    if k.shape[2] < VECTOR and _holds_zero(lse):
+    out, lse = _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    if added is None and k.shape[2] < VECTOR and _holds_zero(lse):
         return _forward(q, k, v, 0.0, causal, attn_mask=_NOTHING_HIDDEN[q.dtype], scale=scale)
     return out, lse
 
@@ -100,10 +203,9 @@ class _Again:
             handle.remove()
         if not _differentiated_again(cotangents[0]):
             return None
-        q, k, v, causal, scale = self.call
         with torch.no_grad():
-            out, lse = _computed(q, k, v, causal, scale)
-        found = _long_backward(cotangents[0], q, k, v, out, lse, causal, scale)
+            out, lse = _computed(*self.call)
+        found = _long_backward(cotangents[0], out, lse, *self.call)
         return tuple(None if old is None else new for old, new in zip(grads, found))
 
 
@@ -112,28 +214,35 @@ def _differentiated_again(do: Any) -> bool:
 
 
 def _long_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    do: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    span, ints = ("i-ri", [0, 1]) if causal else ("i-i", [0, k.shape[2]])
-    spec = f"m={span}|p=|c=0000|s=|b=tiled|d=1|g=0"
-    grads = BWD(do, None, q, k, v, [], [], None, None, out, lse, q.new_empty(0), spec, scale, 0.0, ints, [])
+    n_q, n_k = q.shape[2], k.shape[2]
+    mask = LoweredMask(n_q, n_k, ((Bound(0, 0), Bound(1, 1) if causal else Bound(0, n_k)),))
+    chain = () if added is None else (Bias(added),)
+    if added is not None:  # the kernel says 0 for the lse of a row that sees nothing
+        lse = lse.masked_fill((added == -torch.inf).all(-1), -torch.inf)
+    packed = Problem(q, k, v, mask, chain, None, None, IDENTITY, scale, 0.0, "tiled", True).pack()
+    grads = BWD(
+        do, None, q, k, v, packed.mask, packed.params, None, None, out, lse, q.new_empty(0),
+        with_param_grads(packed.spec, False), scale, 0.0, packed.ints, packed.floats,
+    )  # fmt: skip
     return grads[0], grads[1], grads[2]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        out, lse = _computed(q, k, v, causal, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float) -> Tensor:
+        out, lse = _computed(q, k, v, added, causal, scale)
+        ctx.save_for_backward(q, k, v, added, out, lse)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, added, out, lse = ctx.saved_tensors
         if _differentiated_again(do):
-            return *_long_backward(do, q, k, v, out, lse, ctx.causal, ctx.scale), None, None
+            return *_long_backward(do, out, lse, q, k, v, added, ctx.causal, ctx.scale), None, None, None
         if do.stride(3) != 1:
             do = do.contiguous()
-        dq, dk, dv = _backward(do, q, k, v, out, lse, 0.0, ctx.causal, scale=ctx.scale)
-        return dq, dk, dv, None, None
+        dq, dk, dv = _backward(do, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=added, scale=ctx.scale)
+        return dq, dk, dv, None, None, None

@@ -18,8 +18,8 @@ from torch import Tensor
 from . import autograd, dispatch, express
 from .backends import reference
 from .coords import Coordinates
-from .masks import Causal, Dense, DensePredicate, Documents, Full, LoweredMask, Mask
-from .masks.checks import brief
+from .masks import Dense, DensePredicate, Documents, Full, LoweredMask, Mask
+from .masks.checks import brief, moved, peek
 from .masks.ragged import check_cumulative, check_within
 from .problem import IDENTITY, Problem, acc_dtype
 from .scores import Score
@@ -76,29 +76,26 @@ def attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None and not dropout_p
+    bare = isinstance(score, tuple) and len(score) == 0 and sinks is None and coords is None
     usual = not return_lse and backend is None and deterministic is None
-    if bare and usual:
-        causal = _causal_alone(mask, q, k)
-        short = None if causal is None else express.attend(q, k, v, causal, scale)
+    if bare and usual and type(dropout_p) in (float, int) and dropout_p == 0:
+        short = _short(q, k, v, mask, scale)
         if short is not None:
             return short
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be True or False, got {return_lse!r}")
     p = problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministic, coords)
     out, lse = _run(p)
     return (out, lse) if return_lse else out
 
 
-def _causal_alone(mask: MaskLike, q: Tensor, k: Tensor) -> bool | None:
-    """Whether a mask hides what comes later and no more, False where it hides nothing, None where it is any other."""
+def _short(q: Tensor, k: Tensor, v: Tensor, mask: MaskLike, scale: float | None) -> Tensor | None:
+    """A small call's output without a Problem, or None where it must have one."""
     if mask is None or type(mask) is Full:
-        return False
-    if type(mask) is Causal:
-        return None if isinstance(mask.align, int) else True
-    if type(mask) is not LoweredMask or torch.compiler.is_compiling() or not isinstance(q, Tensor) or not isinstance(k, Tensor):
-        return None
-    if q.dim() != 4 or k.dim() != 4 or (mask.n_q, mask.n_k) != (q.shape[2], k.shape[2]):
-        return None
-    return False if mask.is_full else True if mask.is_causal and mask.n_q == mask.n_k else None
+        return express.attend(q, k, v, False, scale, True)
+    if isinstance(mask, (Mask, LoweredMask)):
+        return express.attend_masked(q, k, v, mask, scale)
+    return express.attend_tensor(q, k, v, mask, scale, True) if getattr(mask, "dtype", None) == torch.bool else None
 
 
 def _run(p: Problem) -> tuple[Tensor, Tensor]:
@@ -169,6 +166,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        check_dense(x, name, "varlen_attention and scaled_dot_product_attention take packed and jagged ones")
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got shape {tuple(x.shape)}")
     if q.dtype not in DTYPES:
@@ -189,6 +187,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     n_h, n_kv = q.shape[1], k.shape[1]
     if n_h != n_kv and (n_kv == 0 or n_h % n_kv != 0):
         raise ValueError(f"q's heads must be a multiple of k's, got {n_h} and {n_kv}")
+
+
+def check_dense(x: Tensor, name: str, instead: str) -> None:
+    """Raise for a nested or sparse tensor, which has no strides."""
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense Tensor, got a nested one of layout {x.layout}: {instead}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {x.layout}")
 
 
 def checked_scale(scale: Any, head_dim: int) -> float:
@@ -221,11 +227,11 @@ def lowered_mask(mask: MaskLike, n_b: int, n_h: int, n_q: int, n_k: int, device:
             raise TypeError(
                 f"mask must be a bool tensor (True: visible), got {mask.dtype}; a float mask is a score: score=Bias(mask)"
             )
-        mask = Dense(mask)
+        mask = Dense(mask.reshape((1,) * (2 - mask.dim()) + mask.shape) if mask.dim() < 2 else mask)
     if isinstance(mask, Mask):
         mask = mask.lower(n_q, n_k, device)
     elif not isinstance(mask, LoweredMask):
-        raise TypeError(f"mask must be a Mask, a LoweredMask, a bool Tensor or None, got {type(mask).__name__}")
+        raise TypeError(f"mask must be a Mask, a LoweredMask, a bool Tensor or None, got {brief(mask)}")
     elif mask.n_q != n_q or mask.n_k != n_k:
         raise ValueError(f"mask was lowered for {mask.n_q} rows and {mask.n_k} keys, the call has {n_q} and {n_k}")
     _check_mask_tensors(mask, n_b, n_h, device)
@@ -335,18 +341,25 @@ def varlen_attention(
         if not isinstance(x, Tensor) or x.dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must have 3 dimensions (total, heads, head_dim), got {got}")
-    check_cumulative(cu_seqlens_q, "cu_seqlens_q")
-    if cu_seqlens_k is not None:
-        check_cumulative(cu_seqlens_k, "cu_seqlens_k")
-        if cu_seqlens_k.shape != cu_seqlens_q.shape:
-            raise ValueError(
-                f"cu_seqlens_k must describe as many documents as cu_seqlens_q, got {cu_seqlens_k.shape[0] - 1} and "
-                f"{cu_seqlens_q.shape[0] - 1}"
-            )
+    given = [("q", cu_seqlens_q, q)] + ([] if cu_seqlens_k is None else [("k", cu_seqlens_k, k)])
+    for name, cu, x in given:
+        check_cumulative(cu, f"cu_seqlens_{name}")
+        if cu.device != q.device and not cu.is_cpu:
+            raise ValueError(f"cu_seqlens_{name} must be on q's device {q.device} or the CPU, got {cu.device}")
+        end = peek(cu[-1:])
+        if end and end[0] > x.shape[0]:
+            raise ValueError(f"cu_seqlens_{name} must not exceed {name}'s length {x.shape[0]}, got {end[0]} at its end")
+    if cu_seqlens_k is not None and cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k must describe as many documents as cu_seqlens_q, got {cu_seqlens_k.shape[0] - 1} and "
+            f"{cu_seqlens_q.shape[0] - 1}"
+        )
     if mask is not None:
         check_within(mask, cu_seqlens_k is not None, "mask")
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"cu_seqlens_k is needed where q and k differ in length, got {q.shape[0]} and {k.shape[0]}")
+    cu_seqlens_q = moved(cu_seqlens_q, q.device)
+    cu_seqlens_k = None if cu_seqlens_k is None else moved(cu_seqlens_k, q.device)
     documents = Documents(cu_seqlens=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, within=mask)
     coords = None
     if dropout_p or (score if isinstance(score, Sequence) else True):
@@ -397,6 +410,8 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
     for name, x in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"{name} must be a floating point Tensor, got {brief(x)}")
+        if x.device != o1.device:
+            raise ValueError(f"{name} must be on o1's device {o1.device}, got {x.device}")
     if o1.dtype != o2.dtype or lse1.dtype != lse2.dtype:
         raise TypeError(
             f"o1 and o2 must have one dtype, and lse1 and lse2, got {o1.dtype}, {o2.dtype}, {lse1.dtype} and {lse2.dtype}"
@@ -496,6 +511,8 @@ def warmup(
     """
     start = time.perf_counter()
     check_qkv(q, k, v)
+    if not isinstance(gradients, bool):
+        raise TypeError(f"gradients must be True or False, got {gradients!r}")
     x = [y.detach().requires_grad_(gradients) for y in (q, k, v)]
     with torch.random.fork_rng([q.device] if q.is_cuda else []), torch.set_grad_enabled(gradients):
         out = attention(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import compat, dispatch, express
-from .functional import DTYPES, FULL, _autocast, _run, autocasting, checked_scale
+from .functional import DTYPES, FULL, _autocast, _run, autocasting, check_dense, checked_scale
 from .masks import Causal, Dense, LoweredMask, Mask
 from .nested import is_jagged, nested_attention
 from .problem import IDENTITY, Problem
@@ -53,8 +53,11 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what came and what is accepted.
     """
-    if attn_mask is None and dropout_p == 0.0 and type(is_causal) is bool and type(enable_gqa) is bool:
-        short = express.attend(query, key, value, is_causal, scale)
+    if type(dropout_p) in (float, int) and dropout_p == 0 and type(is_causal) is bool and type(enable_gqa) is bool:
+        if attn_mask is None:
+            short = express.attend(query, key, value, is_causal, scale, enable_gqa)
+        else:
+            short = None if is_causal else express.attend_tensor(query, key, value, attn_mask, scale, enable_gqa)
         if short is not None:
             return short
     align = compat.causal_bias_alignment(attn_mask)
@@ -114,6 +117,7 @@ def _four_dimensions(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+        check_dense(x, name, "one of layout torch.jagged is taken")
         if x.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got shape {tuple(x.shape)}")
         if x.dtype != query.dtype or x.dtype not in DTYPES:

@@ -70,6 +70,8 @@ def test_explain_errors(capsys, arguments, words):
     [
         (["explain", "--q", "1,a"], "a shape is written as 1,8,1024,64, got '1,a'"),
         (["explain", "--q", "1,-2,3,4"], "a shape is written as 1,8,1024,64, got '1,-2,3,4'"),
+        (["explain", "--q", f"{10**20},1,1,1"], f"sizes must be below 2^31, got '{10**20},1,1,1'"),
+        (["compile", "--head-dim", "0"], "must be an integer of at least 1, got '0'"),
         (["bench", "--threads", "0"], "must be an integer of at least 1, got '0'"),
         (["bench", "--minutes", "-1"], "must be a positive number, got '-1'"),
         (["bench", "--into", "no/page.md"], "must be an existing Markdown page, got 'no/page.md'"),
@@ -100,11 +102,24 @@ def test_bench_list(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["bench", "modls"], "no suite is named modls"), (["bench", "--only", "x"], "no workload is named x")],
+    [
+        (["bench", "modls"], "no suite is named modls"),
+        (["bench", "--list", "modls"], "no suite is named modls"),
+        (["bench", "--only", "x"], "no workload is named x"),
+        (["bench", "--device", "cuda"], "--device cuda: there is no CUDA device here"),
+    ],
 )
-def test_bench_errors(capsys, arguments, words):
+def test_bench_errors(capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_report_of_something_else(capsys, tmp_path):
+    for text in ("[]", "{}", '{"environment": {}}', '{"environment": []}'):
+        (tmp_path / "results.json").write_text(text)
+        assert cli.main(["report", str(tmp_path)]) == 2
+        assert "is no results.json of the benchmark" in capsys.readouterr().err
 
 
 def test_as_a_module():

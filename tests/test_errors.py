@@ -17,6 +17,10 @@ def call(**kwargs):
     return fa.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
 
+def jagged(layout=torch.jagged):
+    return torch.nested.nested_tensor([torch.zeros(3, 4, 8), torch.zeros(5, 4, 8)], layout=layout).transpose(1, 2)
+
+
 class InAFunction:
     @staticmethod
     def make():
@@ -60,7 +64,15 @@ BAD = {
     "backend": (dict(backend="cuda"), ValueError, "backend must be None or one of 'tiled', 'triton', 'hopper', 'reference', got 'cuda'"),
     "deterministic": (dict(deterministic=1), TypeError, "deterministic must be None, True, False or 'batch_invariant', got 1"),
     "mask dtype": (dict(mask=torch.zeros(5, 6)), TypeError, "mask must be a bool tensor.*score=Bias"),
-    "mask type": (dict(mask="causal"), TypeError, "mask must be a Mask.*got str"),
+    "mask type": (dict(mask="causal"), TypeError, "mask must be a Mask.*got 'causal'"),
+    "sparse": (dict(q=q().to_sparse()), TypeError, "q must be a dense Tensor, got one of layout torch.sparse_coo"),
+    "sparse v": (dict(v=q(2, 2, 6, 8).to_sparse()), TypeError, "v must be a dense Tensor, got one of layout torch.sparse_coo"),
+    "jagged": (dict(q=jagged(), k=jagged(), v=jagged()), TypeError, "q must be a dense Tensor, got a nested one of layout torch.jagged: varlen_attention"),
+    "dropout None": (dict(dropout_p=None), ValueError, r"dropout_p must be a number in \[0, 1\), got None"),
+    "return_lse": (dict(return_lse="no"), TypeError, "return_lse must be True or False, got 'no'"),
+    "mask class": (dict(mask=fa.Causal), TypeError, "mask must be a Mask.*got Causal"),
+    "mask on meta": (dict(mask=torch.ones(5, 6, dtype=torch.bool, device="meta")), ValueError, r"a mask's tensor must be on cpu or the CPU, got <bool \(5, 6\)> on meta"),
+    "sparse mask": (dict(mask=torch.ones(5, 6).bool().to_sparse()), TypeError, "Dense takes a dense tensor, got one of layout torch.sparse_coo"),
     "mask shape": (dict(mask=torch.ones(5, 7, dtype=torch.bool)), ValueError, r"5, 7"),
     "mask batch": (dict(mask=torch.ones(3, 1, 5, 6, dtype=torch.bool)), ValueError, "mask must have batch size 1 or 2, got 3"),
     "mask heads": (dict(mask=torch.ones(1, 3, 5, 6, dtype=torch.bool)), ValueError, "mask must have 1 or 4 heads, got 3"),
@@ -116,6 +128,10 @@ CONSTRUCTORS = {
     "distance": (lambda: fa.ALiBi(torch.zeros(2), distance="l2"), ValueError, "distance must be"),
     "int bias": (lambda: fa.Bias(torch.zeros(2, 2, dtype=torch.int32)), TypeError, "floating point Tensor, got torch.int32"),
     "bias rank": (lambda: fa.Bias(torch.zeros(1, 1, 1, 2, 2)), ValueError, "at most 4 dimensions"),
+    "n_heads of a word": (lambda: fa.alibi_slopes("8"), TypeError, "n_heads must be an int, got '8'"),
+    "distance of a list": (lambda: fa.t5_bucket([1]), TypeError, "distance must be an integer Tensor, got list"),
+    "distance of floats": (lambda: fa.t5_bucket(torch.zeros(2)), TypeError, "distance must be an integer Tensor, got torch.float32"),
+    "max_distance": (lambda: fa.t5_bucket(torch.arange(2), max_distance=8), ValueError, "max_distance more than num_buckets // 4, got 32 and 8"),
     "n_heads": (lambda: fa.alibi_slopes(0), ValueError, "n_heads must be at least 1, got 0"),
 }  # fmt: skip
 
@@ -128,7 +144,7 @@ def test_constructor(name):
 
 
 def test_too_long_cu_seqlens():
-    with pytest.raises(ValueError, match="cu_seqlens must not exceed n_q = 4, got 9"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q must not exceed q's length 4, got 9 at its end"):
         fa.varlen_attention(q(4, 2, 8), q(4, 2, 8), q(4, 2, 8), torch.tensor([0, 9]))
 
 
@@ -144,6 +160,8 @@ def test_varlen_names_its_own_arguments():
     for kwargs, error, message in (
         (dict(cu_seqlens_q=None), TypeError, "^cu_seqlens_q must be an int32 or int64 tensor, got None"),
         (dict(cu_seqlens_q=torch.tensor([0, 3, 2])), ValueError, "^cu_seqlens_q must never decrease"),
+        (dict(cu_seqlens_k=torch.tensor([0, 9])), ValueError, "^cu_seqlens_k must not exceed k's length 4, got 9"),
+        (dict(cu_seqlens_q=torch.tensor([0, 4], device="meta")), ValueError, "^cu_seqlens_q must be on q's device cpu.*got meta"),
         (dict(cu_seqlens_k=torch.tensor([0, 1, 2])), ValueError, "^cu_seqlens_k must describe as many documents"),
         (dict(mask=fa.Lengths(torch.tensor([3]))), ValueError, "^mask must be Full, Causal"),
         (dict(mask=fa.Causal(), cu_seqlens_k=cu), ValueError, "^mask Causal.* needs align="),
@@ -162,6 +180,16 @@ def test_merge_types():
         fa.merge([1], q(2, 4, 5), q(), q(2, 4, 5))
     with pytest.raises(TypeError, match="must have one dtype"):
         fa.merge(q(), q(2, 4, 5), q(dtype=torch.float64), q(2, 4, 5))
+
+
+def test_merge_devices():
+    with pytest.raises(ValueError, match="o2 must be on o1's device cpu, got meta"):
+        fa.merge(q(), q(2, 4, 5), q(device="meta"), q(2, 4, 5))
+
+
+def test_warmup():
+    with pytest.raises(TypeError, match="gradients must be True or False, got 'x'"):
+        fa.warmup(q(), q(), q(), gradients="x")
 
 
 def test_jagged_with_holes():
@@ -186,6 +214,8 @@ SDPA = {
     "mask shape": (dict(attn_mask=torch.ones(5, 5, dtype=torch.bool)), ValueError, r"attn_mask must broadcast to \(2, 4, 5, 6\), got shape \(5, 5\)"),
     "mask device": (dict(attn_mask=torch.ones(5, 6, device="meta")), ValueError, "attn_mask must be on query's device cpu, got meta"),
     "dtype": (dict(key=q(2, 4, 6, 8, dtype=torch.float64)), TypeError, "must have one dtype"),
+    "nested": (dict(query=jagged(torch.strided)), TypeError, "query must be a dense Tensor, got a nested one of layout torch.strided: one of layout torch.jagged"),
+    "sparse": (dict(key=q(2, 4, 6, 8).to_sparse()), TypeError, "key must be a dense Tensor, got one of layout torch.sparse_coo"),
     "rank": (dict(query=q(8)), ValueError, "query must have at least 2 dimensions"),
     "dropout": (dict(dropout_p=1.5), ValueError, r"dropout_p must be a number in \[0, 1\], got 1.5"),
     "scale": (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),

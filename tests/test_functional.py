@@ -319,22 +319,44 @@ def test_warmup_leaves_nothing_behind(gradients, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mask", "plain"), [(fa.Full(), True), (fa.Causal(), True), (fa.SlidingWindow(2, 0), False), (fa.Causal(1), False)],
+    ("mask", "causal"), [(fa.Full(), False), (fa.Causal(), True), (fa.SlidingWindow(2, 0), False), (fa.Causal(1), False)],
 )
-def test_small_calls_share_a_lowered_mask(monkeypatch, mask, plain):
+def test_small_calls_share_a_lowered_mask(monkeypatch, mask, causal):
     """A mask lowered once for many layers takes the same short way as the mask itself, and only where it is the same."""
     from fastattn import express
 
     taken = []
-    real = express.attend
-    monkeypatch.setattr(express, "attend", lambda *args: taken.append(out := real(*args)) or out)
+    real = express._computed
+    monkeypatch.setattr(express, "_computed", lambda *args: taken.append(args[4]) or real(*args))
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
     lowered = mask.lower(5, 5)
     found = fa.attention(q, k, v, mask=lowered)
-    assert [out is not None for out in taken] == [True] * plain
+    assert taken == [causal]
     assert_close(found, fa.attention(q, k, v, mask=mask, backend="reference"))
     with pytest.raises(ValueError, match="mask"):
         fa.attention(q, torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8), mask=lowered)
     rectangle = fa.Causal("top_left").lower(5, 7)
     k, v = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
     assert_close(fa.attention(q, k, v, mask=rectangle), fa.attention(q, k, v, mask=rectangle, backend="reference"))
+
+
+@pytest.mark.parametrize(("head_dim", "v_dim"), [(0, 3), (3, 0), (0, 0)])
+def test_head_dim_0_with_grouped_heads(head_dim, v_dim):
+    """Without a head_dim every key has the same weight."""
+    q, k = (torch.zeros(2, h, n, head_dim, dtype=torch.float64, requires_grad=True) for h, n in ((4, 3), (2, 5)))
+    v = torch.randn(2, 2, 5, v_dim, dtype=torch.float64, requires_grad=True)
+    out = fa.attention(q, k, v)
+    assert_close(out, v.mean(2, keepdim=True).repeat_interleave(2, 1).expand(2, 4, 3, v_dim))
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+    assert_close(grads[2], 2 * 3 * 2 * v.mean(2, keepdim=True).expand_as(v) / 5)
+    torch.autograd.grad(sum(g.sum() for g in grads), (q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (1, 6), (5, 1)])
+def test_bool_masks_of_any_rank(shape):
+    """The same in a small call and in one that is not."""
+    q, k, v = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    expected = fa.attention(q, k, v, mask=mask.expand(5, 6), backend="reference")
+    for backend in (None, "tiled"):
+        assert_close(fa.attention(q, k, v, mask=mask, backend=backend), expected)

@@ -383,3 +383,20 @@ def test_shared_between_layers():
 def test_errors(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    """Reading a meta tensor raises where a GPU would be waited for: making, joining and lowering masks never tries."""
+    q = torch.empty(10, 2, 8, device="meta")
+    cu, ids = torch.empty(4, dtype=torch.int32, device="meta"), torch.empty(2, 10, dtype=torch.int64, device="meta")
+    lengths, keep = ids[:, 0], torch.empty(2, 10, dtype=torch.bool, device="meta")
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("a value was read"))
+    masks = [fa.Documents(ids), fa.Documents(cu_seqlens=cu, cu_seqlens_k=cu, within=fa.Causal("bottom_right"))]
+    masks += [fa.PrefixLM(lengths), fa.Lengths(lengths, lengths), fa.Padding(keep, "left"), fa.Spans(ids[0], ids[1])]
+    for mask in [*masks, fa.Dense(keep[:, None, None])]:
+        (mask & fa.SlidingWindow(3, 0)).lower(10, 10, "meta").rows_tensors()
+    (fa.Lengths(lengths) | fa.SinkTokens(2)).lower(10, 10, "meta")
+    score = fa.ALiBi(torch.empty(2, device="meta")), fa.RelativeBias(torch.empty(5, device="meta"))
+    out = fa.varlen_attention(q, q, q, cu, mask=fa.Causal(), score=score, dropout_p=0.1)
+    assert out.is_meta
+    assert out.shape == q.shape

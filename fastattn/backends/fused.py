@@ -18,7 +18,7 @@ from torch import Tensor
 from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows, has_layout, rows_apart
 from ..scores import Additive
 from . import blocked
-from .joint import emptied, joint
+from .joint import added, emptied, joint
 from .operands import add_keys, exact_out, k_part, q_part
 from .regions import CAUSAL, Band, Region, regions
 from .tile import Tile
@@ -115,7 +115,7 @@ def _float_mask(p: Problem, region: Region) -> Tensor | None:
     if visible is None:
         return total
     if total is None:
-        return visible.to(p.acc_dtype).reciprocal_().neg_().add_(1.0)  # 1 - 1 / visible: a third of the time of `where`
+        return added(visible, p.acc_dtype)
     return torch.where(visible, total, -torch.inf)
 
 

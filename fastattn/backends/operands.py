@@ -40,7 +40,7 @@ def dot_keys(q: Tensor, k: Tensor) -> Tensor:
     if q.shape[1] == k.shape[1]:
         return q @ k.mT
     b, h, m, d = q.shape
-    return (q.reshape(b, k.shape[1], -1, d) @ k.mT).view(b, h, m, k.shape[2])
+    return (q.reshape(b, k.shape[1], h // k.shape[1] * m, d) @ k.mT).view(b, h, m, k.shape[2])
 
 
 def dot_rows(w: Tensor, v: Tensor) -> Tensor:
@@ -48,15 +48,16 @@ def dot_rows(w: Tensor, v: Tensor) -> Tensor:
     if w.shape[1] == v.shape[1]:
         return w @ v
     b, h, m, n = w.shape
-    return (w.reshape(b, v.shape[1], -1, n) @ v).view(b, h, m, v.shape[3])
+    return (w.reshape(b, v.shape[1], h // v.shape[1] * m, n) @ v).view(b, h, m, v.shape[3])
 
 
 def dot_columns(w: Tensor, x: Tensor, n_kv: int) -> Tensor:
     """w (B, H, m, n) transposed . x (B, H, m, D), summed over the heads of a group -> (B, Hkv, n, D)."""
     if w.shape[1] == n_kv:
         return w.mT @ x
-    b, _, _, n = w.shape
-    return w.reshape(b, n_kv, -1, n).mT @ x.reshape(b, n_kv, -1, x.shape[3])
+    b, h, m, n = w.shape
+    rows = h // n_kv * m
+    return w.reshape(b, n_kv, rows, n).mT @ x.reshape(b, n_kv, rows, x.shape[3])
 
 
 def exact_out(out: Tensor, out_lo: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,13 @@ def check_int_tensor(value: Any, name: str, ranks: tuple[int, ...] = (1,)) -> Te
 
 
 def moved(x: Tensor, device: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """x on `device`; a copy from the CPU is only enqueued."""
+    """x on `device`; a copy from the CPU is only enqueued.
+
+    Raises:
+        ValueError: x is on the meta device and the call is not: it holds nothing.
+    """
+    if x.is_meta and torch.device(device).type != "meta":
+        raise ValueError(f"a mask's tensor must be on {device} or the CPU, got {brief(x)} on meta")
     return x.to(device, dtype, non_blocking=x.device.type == "cpu")
 
 

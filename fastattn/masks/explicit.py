@@ -67,6 +67,8 @@ class Dense(Mask):
                 f"Dense takes a bool tensor (True = visible), got {tensor.dtype}. An additive float mask is a score: "
                 "Bias(tensor); a 0/1 mask converts by .bool()"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(f"Dense takes a dense tensor, got one of layout {tensor.layout}; `.to_dense()` converts")
         if not 2 <= tensor.ndim <= 4:
             raise ValueError(f"Dense takes 2 to 4 dims (..., Lq, Lk), got shape {tuple(tensor.shape)}")
         self._set(tensor=tensor)

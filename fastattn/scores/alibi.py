@@ -81,7 +81,12 @@ def alibi_slopes(n_heads: int, device: torch.device | str | None = None) -> Tens
 
     Returns:
         float32 (n_heads,)
+
+    Raises:
+        TypeError, ValueError: n_heads is no such number.
     """
+    if not isinstance(n_heads, int):
+        raise TypeError(f"n_heads must be an int, got {n_heads!r}")
     if n_heads < 1:
         raise ValueError(f"n_heads must be at least 1, got {n_heads}")
     power = 2 ** math.floor(math.log2(n_heads))

@@ -144,7 +144,18 @@ def t5_bucket(distance: Tensor, bidirectional: bool = True, num_buckets: int = 3
 
     Returns:
         int64 in [0, num_buckets), in distance's shape.
+
+    Raises:
+        TypeError, ValueError: an argument is no such tensor or number.
     """
+    if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():
+        raise TypeError(f"distance must be an integer Tensor, got {getattr(distance, 'dtype', type(distance).__name__)}")
+    least = 4 if bidirectional else 2
+    if num_buckets < least or max_distance <= num_buckets // least:
+        raise ValueError(
+            f"num_buckets must be at least {least} and max_distance more than num_buckets // {least}, got {num_buckets} and "
+            f"{max_distance}"
+        )
     distance = distance.to(torch.int64)
     start = torch.zeros_like(distance)
     if bidirectional:
