@@ -107,6 +107,23 @@ def test_against_float64(name, simulated):
     assert hopper.forward(p, False)[2].shape == (0,)
 
 
+@needs_compiler
+@pytest.mark.parametrize("bad", ["query", "key", "sink"])
+def test_nan_reaches_the_rows_that_it_belongs_to(bad, simulated):
+    p = problem("causal", "none", (1, 1, 1, 140, 140, 64, 64), sinks=True)
+    if bad == "sink":
+        p = dataclasses.replace(p, sinks=torch.full_like(p.sinks, torch.nan))
+    else:
+        {"query": p.q, "key": p.k}[bad][0, 0, 70] = torch.nan
+    out, lse, _ = hopper.forward(p, True)
+    rows = {"query": slice(70, 71), "key": slice(70, 140), "sink": slice(0, 140)}[bad]
+    wrong = torch.zeros(140, dtype=torch.bool)
+    wrong[rows] = True
+    assert torch.equal(lse[0, 0].isnan(), wrong)
+    assert torch.equal(out[0, 0].isnan().all(-1), wrong)
+    assert torch.equal(out[0, 0].isnan().any(-1), wrong)
+
+
 LARGE = {  # more work items than multiprocessors, more steps than stages
     "large, causal": ("causal", "none", (4, 16, 4, 2000, 2000, 128, 128), {}),
     "large, window": ("window", "none", (2, 16, 16, 3000, 3000, 64, 64), dict(sinks=True)),

@@ -45,5 +45,5 @@ def with_sink(row_max, row_sum, out_sum, sink):
 
 @jit
 def log_sum(row_max, row_sum):
-    """lse, natural; -inf where nothing was seen."""
-    return gl.where(row_sum > 0.0, (row_max + gl.log2(row_sum)) * LN2, float("-inf"))
+    """lse, natural; -inf where nothing was seen, NaN where one was."""
+    return gl.where(row_sum == 0.0, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
