@@ -315,18 +315,18 @@ def replace_jagged_sdpa(attend: Callable[..., torch.Tensor]) -> Callable[[], Non
 
 
 def jagged(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The jagged nested tensor of packed rows, by torch's public function where a user's code runs or is traced by Dynamo.
+    """The jagged nested tensor of packed rows, by torch's public function.
 
-    Inside the graph that comes of that, where an operator's kernel may stand, the function refuses and what it calls works.
+    That refuses in the graph that comes of tracing, where an operator's kernel may stand; what it calls works there.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
-        try:
-            from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
-        except ImportError:  # pragma: no cover
-            pass
-        else:
-            return nested_view_from_values_offsets(rows, offsets)
-    return torch.nested.nested_tensor_from_jagged(rows, offsets)
+    if torch.compiler.is_dynamo_compiling():
+        return torch.nested.nested_tensor_from_jagged(rows, offsets)
+    try:
+        return torch.nested.nested_tensor_from_jagged(rows, offsets)
+    except RuntimeError:
+        from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
+
+        return nested_view_from_values_offsets(rows, offsets)
 
 
 def forget_compiled() -> None:
