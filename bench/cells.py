@@ -1,21 +1,23 @@
-"""Cells of the benchmark: one workload in one pass, by everyone who can: errors, times, ratios, peak memory, reasons."""
+"""Cells of the benchmark: one workload in one pass, by everyone who can: errors, times, ratios, peak memory, reasons.
+
+All cells of a suite are checked first (checks.py), side by side; then each is timed while nothing else runs.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from . import accuracy, memory, passes, roof, sweeps, timing
+from . import checks, passes, roof, sweeps, timing
+from .checks import Check
 from .passes import PASSES
-from .peers import OURS, PEERS, Peer
+from .peers import OURS, PEERS
 from .sweeps import Cell
 from .workloads import Inputs, Workload, inputs
-
-UNMEASURED = ("flex", "flex flash")  # peak memory of what compiles first would be the compiler's
 
 
 @dataclass
@@ -96,26 +98,37 @@ class Limits:
 
     Attributes:
         timing: seconds of timing over all cells; 0: the fewest rounds.
-        deadline: of time.monotonic, after which no further cell begins; the first always does.
+        begun, deadline: of time.monotonic, after which no further cell is checked, and timed; the first always is.
         compiled: with peers that compile first.
+        workers: how many processes check cells side by side; 0: this one.
     """
 
     timing: float = 0.0
+    begun: float = float("inf")
     deadline: float = float("inf")
     compiled: bool = True
+    workers: int = 0
 
 
-def run(suite: str, cells: list[Cell], device: str, limits: Limits, bound: roof.Roof | None = None) -> Iterator[Row]:
-    """Rows as they are ready, in the order of the cells, until the deadline."""
-    share = limits.timing / max(1, len(cells))
+def check(suite: str, cells: list[Cell], device: str, limits: Limits) -> Iterator[tuple[Cell, Check]]:
+    """The cells with what is known of them before they are timed, as they are ready."""
+    for index, found in checks.run(suite, cells, device, limits.compiled, limits.workers, limits.begun):
+        yield cells[index], found
+
+
+def run(
+    suite: str, known: list[tuple[Cell, Check]], device: str, limits: Limits, bound: roof.Roof | None = None
+) -> Iterator[Row]:  # fmt: skip
+    """Rows as they are ready, in the order of the checked cells, until the deadline."""
+    share = limits.timing / max(1, len(known))
     made: tuple[Workload, Inputs] | None = None
-    for i, cell in enumerate(cells):
+    for i, (cell, found) in enumerate(known):
         if i and time.monotonic() > limits.deadline:
             return
         w = cell.workload
         if made is None or made[0] != w:
             made = w, inputs(w, device)
-        yield _row(suite, cell, made[1], share, limits.compiled, bound)
+        yield _row(suite, cell, found, made[1], share, bound)
 
 
 def first_call(w: Workload, device: str) -> str:
@@ -133,60 +146,26 @@ def first_call(w: Workload, device: str) -> str:
     return f"the first forward and backward of {w.name} took {first:.2f} s, the second {1e3 * second:.2f} ms"
 
 
-def measure_memory(rows: list[Row], device: str) -> None:
-    """Fill in peak memory for the rows' peers, in a process of its own."""
-    if not memory.measurable(device):
-        return
-    places = [(row, name) for row in rows for name in row.times if name not in UNMEASURED and row.suite != "overhead"]
-    todo = [("cell", row.suite, row.workload, row.direction, name, device) for row, name in places]
-    for (row, name), cell in zip(places, memory.in_process("fastattn.bench.probe", todo)):
-        row.memory[name] = None if cell is None else cell["bytes"]
-
-
-def memory_call(suite: str, workload: str, direction: str, peer: str, device: str) -> Callable[[], Any]:
-    """What `measure_memory` runs in its process."""
-    w = sweeps.select(suite, [workload], device)[0].workload
-    x = inputs(w, device)
-    [chosen] = [p for p in PEERS if p.name == peer]
-    return _timed(chosen, w, x, direction if direction != "backward" else "forward+backward")
-
-
-def _row(suite: str, cell: Cell, x: Inputs, seconds: float, compiled: bool, bound: roof.Roof | None) -> Row:
+def _row(suite: str, cell: Cell, found: Check, x: Inputs, seconds: float, bound: roof.Roof | None) -> Row:
     w, direction, repeat = cell
     device = x.q.device.type
-    exact = accuracy.exact(w, x, direction)
-    yardstick = accuracy.worst(accuracy.textbook(w, x, direction), exact)
     work = None if repeat > 1 else sweeps.flops(w, PASSES[direction], x.mask.density(w.length, w.length))
-    row = Row(suite, w.name, w.model, str(w), direction, w.length, w.head_dim, float("nan"), yardstick, work)
+    row = Row(suite, w.name, w.model, str(w), direction, w.length, w.head_dim, found.error, found.plain_error, work)
+    row.reasons, row.memory = dict(found.reasons), dict(found.memory)
     if bound is not None and work is not None:
         row.roof = bound.seconds(str(w.dtype)[6:], work, roof.bytes_moved(w, direction))
     calls: timing.Calls = {}
     for peer in PEERS:
-        reason = peer.unavailable(device) or peer.cannot(w, device, direction)
-        if reason is None and peer.compiles and not compiled:
-            reason = "left out: it compiles first"
-        if reason is None:
-            try:
-                attend = peer.build(w, x)
-                error = accuracy.worst(peer.results(attend, x, direction), exact)
-                calls[peer.name] = _timed(peer, w, x, direction, attend)
-            except Exception as raised:  # a peer's failure is a cell of the table
-                reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
-            else:
-                if peer is OURS:
-                    row.error = error
-                if error > 8 * yardstick + 4 * torch.finfo(w.dtype).eps:  # wrong numbers are not fast numbers
-                    reason = f"wrong: error {error:.1e} where plain PyTorch's is {yardstick:.1e}"
-                    del calls[peer.name]
-        if reason is not None:
-            row.reasons[peer.name] = reason
+        if peer.name in row.reasons or OURS.name in row.reasons:
+            continue
+        try:
+            call = checks.call(peer, w, x, direction)
+            if peer.compiles:
+                call()
+        except Exception as raised:
+            row.reasons[peer.name] = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+        else:
+            calls[peer.name] = call
     if OURS.name in calls:
-        row.times = timing.interleave(calls, seconds, device, repeat=repeat)
+        row.times = timing.interleave(calls, seconds, device, repeat=repeat, known=found.seconds)
     return row
-
-
-def _timed(peer: Peer, w: Workload, x: Inputs, direction: str, attend: passes.Attend | None = None) -> Callable[[], Any]:
-    attend = peer.build(w, x) if attend is None else attend
-    if direction in ("forward", "backward", "forward+backward"):
-        return passes.timed(attend, x, direction)
-    return lambda: peer.results(attend, x, direction)

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import Bias, attention, scaled_dot_product_attention
-from . import memory
+from . import memory, workers
 
 HEADS, LENGTH, HEAD_DIM = 2, 4096, 64
 WHO = ("fastattn", "torch")
@@ -106,12 +106,15 @@ def run(device: str) -> list[Row]:
     if not memory.measurable(device):
         raise RuntimeError("peak memory is known on Linux and on CUDA only")
     cells = [("feature", name, who, LENGTH, device) for name in FEATURES for who in WHO]
-    found = iter(memory.in_process("fastattn.bench.probe", cells))
-    rows = []
-    for name in FEATURES:
-        peaks = {who: next(found) for who in WHO}
-        rows.append(Row(name, {who: None if cell is None else cell["bytes"] for who, cell in peaks.items()}))
-    return rows
+    found = measured(cells, workers.count(device))
+    peaks = {(name, who): cell and cell["bytes"] for (_, name, who, *_), cell in zip(cells, found, strict=True)}
+    return [Row(name, {who: peaks[name, who] for who in WHO}) for name in FEATURES]
+
+
+def measured(cells: list[Any], n: int = 1) -> list[Any]:
+    """What probe.py answers to each, in n processes; None where a process ended over it."""
+    found = dict(workers.answers("fastattn.bench.probe", cells, n))
+    return [found.get(index) for index in range(len(cells))]
 
 
 def _sdpa(who: str) -> Callable[..., Tensor]:

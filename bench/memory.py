@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +32,11 @@ def settle() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 64 << 10)
 
 
-def peak(call: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that the second of two calls needed at its worst moment beyond what was held before it."""
-    call()
+def peak(call: Callable[[], Any], device: str = "cpu", warm: bool = False) -> int:
+    """Bytes that a call needs at its worst moment beyond what was held before it: the second one, the first being made here if
+    not `warm`."""
+    if not warm:
+        call()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -50,20 +49,6 @@ def peak(call: Callable[[], Any], device: str = "cpu") -> int:
     CLEAR.write_text("5")
     call()
     return max(0, _status("VmHWM") - before)
-
-
-def in_process(module: str, cells: Iterable[Any], threads: int | None = None) -> list[Any]:
-    """Run `python -m module` on a JSON list and read one JSON value per line; a cell that it did not reach is None.
-
-    Args:
-        module: reads the list from stdin, calls `settle`, and prints a line per cell.
-    """
-    todo = list(cells)
-    run = subprocess.run(
-        [sys.executable, "-m", module], input=json.dumps([threads, todo]), capture_output=True, text=True, check=False
-    )
-    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith(("[", "{"))]
-    return found + [None] * (len(todo) - len(found))
 
 
 def _status(field: str) -> int:

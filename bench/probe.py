@@ -1,35 +1,34 @@
-"""The process in which peak memory is measured: reads cells from stdin, prints a line of JSON for each.
+"""A process in which cells are checked and peak memory is measured: a line of JSON in, a line of JSON out.
 
-["cell", suite, workload, direction, peer, device] or ["feature", name, who, length, device]
+["cell", suite, workload, direction, compiled, device] or ["feature", name, who, length, device]
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 
-from . import cells, features, memory
+from . import checks, features, memory
 
 
 def main() -> None:
     memory.settle()
-    threads, todo = json.load(sys.stdin)
-    torch.set_num_threads(threads or 1)
-    for kind, *cell in todo:
-        device = cell[-1]
-        found: dict[str, int | str | None]
-        try:
-            if kind == "cell":
-                call = cells.memory_call(*cell)
-            else:
-                name, who, length, _ = cell
-                call = features.FEATURES[name](who, length, device)
-            found = {"bytes": memory.peak(call, device)}
-        except Exception as raised:  # out of memory is an answer too
-            found = {"bytes": None, "reason": f"{type(raised).__name__}: {raised}"[:200]}
-        print(json.dumps(found), flush=True)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        kind, *told = json.loads(line)
+        answer = checks.named(*told).json() if kind == "cell" else feature(*told)
+        print(json.dumps(answer), flush=True)
+
+
+def feature(name: str, who: str, length: int, device: str) -> dict[str, Any]:
+    """Peak bytes of one of `features`, or why there are none."""
+    try:
+        return {"bytes": memory.peak(features.FEATURES[name](who, length, device), device)}
+    except Exception as raised:  # out of memory is an answer too
+        return {"bytes": None, "reason": f"{type(raised).__name__}: {raised}"[:200]}
 
 
 if __name__ == "__main__":

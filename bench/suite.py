@@ -30,6 +30,7 @@ from . import (
     targets,
     timing,
     training,
+    workers,
 )
 from .progress import Progress
 from .sweeps import SWEEPS
@@ -39,10 +40,11 @@ DEFAULT = ("models", "training")
 
 # about how many minutes each suite takes by itself, which is also its part of a run of --minutes
 MINUTES = {
-    "models": 2.2, "training": 0.6, "targets": 6.0, "memory": 0.5, "accuracy": 0.7, "hosts": 1.5, "forward": 2.0,
+    "models": 2.8, "training": 0.3, "targets": 6.0, "memory": 0.5, "accuracy": 0.7, "hosts": 1.5, "forward": 2.0,
     "backward": 3.0, "masks": 2.0, "bias": 2.0, "second-order": 1.5, "overhead": 0.7,
 }  # fmt: skip
-TIMED = 0.45  # of a suite's time; the rest goes to checking every result, to compiling and to peak memory
+# of a suite's time: until when cells are checked (errors, compiling, peak memory), and what is meant for timing
+CHECKED, TIMED = 0.45, 0.25
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Options:
         minutes: about how long the whole run takes; what does not fit in any more is left out, and said. None: everything.
         quick: the fewest rounds, few workloads and few training steps: to see that it runs.
         threads: torch's CPU threads, but for targets.
+        workers: processes in which cells are checked; None: as many as there are cores. 0: none, and no peak memory.
     """
 
     suites: tuple[str, ...] = DEFAULT
@@ -63,6 +66,7 @@ class Options:
     compiled: bool = True
     threads: int = 1
     device: str = "cpu"
+    workers: int | None = None
 
     def seconds(self, suite: str) -> float:
         """A suite's part of the time."""
@@ -72,9 +76,11 @@ class Options:
         return 60 * MINUTES[suite] * (1.0 if self.minutes is None else self.minutes / whole)
 
     def limits(self, suite: str) -> cells.Limits:
-        seconds = self.seconds(suite)
-        deadline = float("inf") if self.minutes is None or self.quick else time.monotonic() + 0.85 * seconds
-        return cells.Limits(TIMED * seconds, deadline, self.compiled and not self.quick)
+        seconds, now = self.seconds(suite), time.monotonic()
+        free = self.minutes is None or self.quick
+        begun, deadline = (float("inf") if free else now + part * seconds for part in (CHECKED, 0.95))
+        n = workers.count(self.device) if self.workers is None else self.workers
+        return cells.Limits(TIMED * seconds, begun, deadline, self.compiled and not self.quick, n)
 
 
 @dataclass
@@ -230,20 +236,24 @@ def _prepare(options: Options, chosen: dict[str, list[sweeps.Cell]], results: Re
 
 
 def _cells(options: Options, suite: str, chosen: list[sweeps.Cell], results: Results) -> None:
-    rows = results.cells.setdefault(suite, [])
-    with Progress(suite, len(chosen)) as bar:
-        for row in cells.run(suite, chosen, options.device, options.limits(suite), results.roof):
+    rows, limits = results.cells.setdefault(suite, []), options.limits(suite)
+    known = {}
+    with Progress(f"{suite}: errors and memory", len(chosen)) as bar:
+        for cell, found in cells.check(suite, chosen, options.device, limits):
+            known[cell] = found
+            bar.advance(f"{cell.workload.name} {cell.direction}")
+    checked = [(cell, known[cell]) for cell in chosen if cell in known]
+    with Progress(suite, len(checked)) as bar:
+        for row in cells.run(suite, checked, options.device, limits, results.roof):
             rows.append(row)
             bar.advance(row.name)
-    left = [f"{c.workload.name} {c.direction}" for c in chosen[len(rows) :]]
+    done = {row.name for row in rows}
+    left = [name for c in chosen if (name := f"{c.workload.name} {c.direction}") not in done]
     if suite in ("forward", "backward"):  # measured by what they tell, shown by what they are
         rows.sort(key=lambda row: (row.head_dim, row.model, row.length))
     if left:
         more = "" if len(left) <= 6 else f" and {len(left) - 6} more"
         results.notes.append(f"{suite}: {len(left)} of {len(chosen)} left out, the time was up: {', '.join(left[:6])}{more}")
-    with Progress(f"{suite}: peak memory", 1) as bar:
-        cells.measure_memory(rows, options.device)
-        bar.advance("")
     if not memory.measurable(options.device) and MEMORY_UNKNOWN not in results.notes:
         results.notes.append(MEMORY_UNKNOWN)
 

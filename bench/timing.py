@@ -10,7 +10,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 MIN_ROUNDS = 5
 MAX_ROUNDS = 101
 SLOW_ROUNDS = 3  # of a candidate that would use up the time by itself
+LONG, LONG_ROUNDS = 0.5, 2  # seconds of a call that needs no warming up, and its rounds where it is far behind
 L2_BYTES = 256 << 20
 Calls = dict[str, Callable[[], Any]]
 
@@ -84,14 +85,17 @@ def threads(n: int | None) -> Iterator[None]:
 
 
 def interleave(
-    calls: Calls, seconds: float, device: str = "cpu", rounds: int | None = None, repeat: int = 1
-) -> dict[str, Times]:
+    calls: Calls, seconds: float, device: str = "cpu", rounds: int | None = None, repeat: int = 1,
+    known: Mapping[str, float] | None = None,
+) -> dict[str, Times]:  # fmt: skip
     """Every call's times, taken in turns, the first to go changing from round to round.
 
     Args:
         calls: by name, the most important first; each is run once before anything is timed.
         seconds: about how long to go on, MIN_ROUNDS rounds at least. A slow candidate stops after SLOW_ROUNDS, but
             never the first.
+        known: about how long calls take, by name. One that takes LONG, a fifth of `seconds` and twice as long as the first is
+            not run beforehand and stops after LONG_ROUNDS.
         rounds: a fixed number of rounds instead.
         repeat: with more than one, so many calls are timed together and the time of one is told; on CUDA it is then what
             the host spends on a call, the device being left to run behind.
@@ -100,23 +104,27 @@ def interleave(
     clock = _cpu if device != "cuda" else _Cuda() if repeat == 1 else _host
     names = list(calls)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    slow = set()
+    turns = dict.fromkeys(names, MAX_ROUNDS if rounds is None else rounds)
+    known = known or {}
+    long = max(LONG, seconds / 5, 2 * known.get(names[0], float("inf")))
     for name, call in calls.items():
+        if rounds is None and known.get(name, 0.0) > long:
+            turns[name] = LONG_ROUNDS
+            continue
         begin = time.perf_counter()
         call()
-        if rounds is None and (time.perf_counter() - begin) * MIN_ROUNDS * len(calls) > seconds:
-            slow.add(name)
-    slow -= {names[0]}
+        if rounds is None and name != names[0] and (time.perf_counter() - begin) * MIN_ROUNDS * len(calls) > seconds:
+            turns[name] = SLOW_ROUNDS
     start = time.perf_counter()
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds or MAX_ROUNDS):
+        for turn in range(turns[names[0]]):
             if rounds is None and turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
                 break
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                if turn < SLOW_ROUNDS or name not in slow:
+                if turn < turns[name]:
                     taken[name].append(clock(calls[name]))
     finally:
         gc.enable()

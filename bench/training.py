@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import scaled_dot_product_attention
 
-DIM, HEADS, LAYERS, LENGTH, BATCH, STEPS = 128, 4, 4, 256, 8, 60
+DIM, HEADS, LAYERS, LENGTH, BATCH, STEPS = 128, 4, 4, 256, 4, 60
 Attend = Callable[..., Tensor]
 WHO: dict[str, Attend] = {"torch": F.scaled_dot_product_attention, "fastattn": scaled_dot_product_attention}
 

@@ -118,7 +118,7 @@ class Workload:
 MODELS = (
     Workload("bert-base", "BERT-base, padded batch", 4, 12, 12, 384, 64, padding=True),
     Workload("gpt2", "GPT-2 small", 1, 12, 12, 1024, 64, causal=True),
-    Workload("llama3-8b", "Llama-3 8B, one prompt", 1, 32, 8, 768, 128, torch.bfloat16, causal=True),
+    Workload("llama3-8b", "Llama-3 8B, one prompt", 1, 32, 8, 512, 128, torch.bfloat16, causal=True),
     Workload("gemma2-2b", "Gemma-2 2B, local layer", 1, 8, 4, 1024, 256, causal=True, window=512, softcap=50.0),
     Workload("t5-base", "T5-base encoder", 1, 12, 12, 512, 64, relative=True, scale=1.0),
     Workload("vit-b16", "ViT-B/16 at 224 px", 8, 12, 12, 197, 64),

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from fastattn.bench import (
     SUITES,
     accuracy,
     cells,
+    checks,
     compare,
+    features,
     memory,
     numerics,
     page,
@@ -28,6 +31,7 @@ from fastattn.bench import (
     targets,
     timing,
     training,
+    workers,
     workloads,
 )
 from fastattn.bench.peers import OURS, PEERS, PLAIN, Peer
@@ -96,6 +100,15 @@ def test_a_slow_candidate_stops_early(monkeypatch):
     found = timing.interleave({"a": taking(0.01), "b": taking(2.0)}, 10.0)
     assert len(found["b"].seconds) == timing.SLOW_ROUNDS
     assert len(found["a"].seconds) == timing.MAX_ROUNDS
+
+
+def test_a_call_known_to_be_long_is_run_twice():
+    calls = []
+    who = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    found = timing.interleave(who, 2.0, known={"a": 0.3, "b": 0.59, "c": 0.61})
+    assert len(found["c"].seconds) == calls.count("c") == timing.LONG_ROUNDS
+    assert len(found["b"].seconds) == timing.MAX_ROUNDS
+    assert timing.ratio(found["a"], found["c"]).value > 0
 
 
 def test_threads_are_given_back():
@@ -170,9 +183,19 @@ class Broken(Peer):
         raise RuntimeError("no such kernel\nand more")
 
 
+def rows(chosen):
+    return cells.run("models", list(cells.check("models", chosen, "cpu", QUICK)), "cpu", QUICK)
+
+
+def among(monkeypatch, ours, *peers):
+    for module in (cells, checks):
+        monkeypatch.setattr(module, "OURS", ours)
+        monkeypatch.setattr(module, "PEERS", (ours, *peers))
+
+
 def rows_with(monkeypatch, *peers):
-    monkeypatch.setattr(cells, "PEERS", (OURS, *peers))
-    return list(cells.run("models", both(SMALL[1]), "cpu", QUICK))
+    among(monkeypatch, OURS, *peers)
+    return list(rows(both(SMALL[1])))
 
 
 def test_a_wrong_peer_is_wrong_not_fast(monkeypatch):
@@ -188,13 +211,80 @@ def test_we_are_judged_alike(monkeypatch):
     class Ours(Liar):
         name = OURS.name
 
-    ours = Ours()
-    monkeypatch.setattr(cells, "OURS", ours)
-    monkeypatch.setattr(cells, "PEERS", (ours, PLAIN))
-    [row, _] = cells.run("models", both(SMALL[1]), "cpu", QUICK)
+    among(monkeypatch, Ours(), PLAIN)
+    [row, _] = rows(both(SMALL[1]))
     assert row.reasons["fastattn"].startswith("wrong")
     assert row.times == {}
     assert "|  - |" in table.cells([row])
+
+
+@linux
+def test_cells_are_checked_in_other_processes():
+    """As in this one, with peak memory; in whatever order they are ready."""
+    [cell] = [c for c in sweeps.masks("cpu") if (c.workload.name, c.direction) == ("sinks", "forward")]
+    told = {}
+    for index, found in checks.run("masks", [cell, cell], "cpu", False, 2):
+        told[index] = found
+    [(_, here)] = checks.run("masks", [cell], "cpu", False, 0)
+    assert set(told) == {0, 1}
+    for found in told.values():
+        assert (found.error, found.plain_error, found.reasons) == (here.error, here.plain_error, here.reasons)
+        matrix = 4 * cell.workload.heads * cell.workload.length**2
+        assert found.memory["plain"] > matrix > 8 * found.memory["fastattn"]
+        assert set(found.seconds) == {"fastattn", "plain"}
+    assert here.memory == {}
+
+
+ECHO = """
+import json, os, sys
+for line in sys.stdin:
+    value = json.loads(line)
+    if value == "end":
+        os._exit(3)
+    print("said by what it calls")
+    print(json.dumps([value, os.getpid()]), flush=True)
+"""
+
+
+@pytest.fixture
+def echo(tmp_path, monkeypatch):
+    (tmp_path / "echo_lines.py").write_text(ECHO)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "echo_lines"
+
+
+def test_a_process_that_ends_costs_one_answer(echo):
+    found = dict(workers.answers(echo, ["a", "end", "b", "c"], 1))
+    assert [None if x is None else x[0] for x in found.values()] == ["a", None, "b", "c"]
+    assert found[0][1] != found[2][1] == found[3][1]
+
+
+def test_processes_share_the_work(echo):
+    found = dict(workers.answers(echo, list(range(20)), 3))
+    assert [found[i][0] for i in range(20)] == list(range(20))
+    assert 1 <= len({process for _, process in found.values()}) <= 3
+    assert list(workers.answers(echo, [])) == []
+
+
+def test_nothing_is_begun_after_the_time(echo):
+    assert [index for index, _ in workers.answers(echo, ["a", "b"], 2, until=0.0)] == [0]
+
+
+def test_processes_end_with_who_asked(echo):
+    asked = workers.answers(echo, ["a", "b", "c"], 1)
+    _, (_, process) = next(asked)
+    asked.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_lost_cell_says_so(monkeypatch):
+    monkeypatch.setattr(checks.workers, "answers", lambda *args: iter([(0, None)]))
+    known = list(cells.check("models", both(SMALL[1])[:1], "cpu", replace(QUICK, workers=1)))
+    [row] = cells.run("models", known, "cpu", QUICK)
+    assert row.reasons == {"fastattn": "the process that checked it ended without an answer"}
+    assert row.times == {}
+    assert "|   nan |     nan |  - |" in table.cells([row])
 
 
 def test_unknown_names():
@@ -267,9 +357,7 @@ def test_peak_memory_of_a_known_size():
 
 @linux
 def test_a_cell_that_fails_has_a_reason():
-    [bad, good] = memory.in_process(
-        "fastattn.bench.probe", [("feature", "backward", "nobody", "x", "cpu"), ("feature", "backward", "torch", 64, "cpu")]
-    )
+    [bad, good] = features.measured([("feature", "backward", who, n, "cpu") for who, n in (("nobody", "x"), ("torch", 64))])
     assert bad["bytes"] is None
     assert "TypeError" in bad["reason"]
     assert good["bytes"] >= 0
@@ -290,9 +378,8 @@ def test_report(tmp_path):
 
 def test_a_whole_run(monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "MODELS", SMALL[:2])
-    monkeypatch.setattr(cells, "measure_memory", lambda rows, device: None)
     monkeypatch.setattr(training, "LENGTH", 16)
-    results = suite.run(suite.Options(suites=("models", "training"), quick=True))
+    results = suite.run(suite.Options(suites=("models", "training"), quick=True, workers=0))
     assert {row.workload for row in results.cells["models"]} == {w.name for w in SMALL[:2]}
     files = suite.write(results, tmp_path / "out")
     data = json.loads(files[0].read_text())
@@ -311,11 +398,12 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch):
     real = cells.run
 
     def interrupted(*args):
-        yield next(iter(real("models", both(SMALL[1]), "cpu", QUICK)))
+        yield next(iter(real(*args)))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(sweeps, "MODELS", SMALL[:2])
     monkeypatch.setattr(cells, "run", interrupted)
-    results = suite.run(suite.Options(suites=("models",), quick=True))
+    results = suite.run(suite.Options(suites=("models",), quick=True, workers=0))
     assert len(results.cells["models"]) == 1
     assert "interrupted" in results.notes[0]
 
@@ -383,9 +471,8 @@ def test_the_roof_is_measured(monkeypatch):
 
 def test_what_does_not_fit_the_time_is_named(monkeypatch):
     monkeypatch.setattr(sweeps, "MODELS", SMALL[:3])
-    monkeypatch.setattr(cells, "measure_memory", lambda rows, device: None)
     monkeypatch.setattr(suite.roof, "measure", lambda device, dtypes: None)
-    found = suite.run(suite.Options(suites=("models",), minutes=1e-9, compiled=False))
+    found = suite.run(suite.Options(suites=("models",), minutes=1e-9, compiled=False, workers=0))
     assert len(found.cells["models"]) == 1
     assert found.notes == [
         f"models: 5 of 6 left out, the time was up: {SMALL[0].name} forward+backward, "

@@ -11,7 +11,7 @@ SHORT = 2048
 @pytest.mark.parametrize("feature", features.FEATURES)
 def test_linear_in_length(feature):
     cells = [("feature", feature, "fastattn", n, "cpu") for n in (SHORT, 2 * SHORT)]
-    short, long = (cell["bytes"] for cell in memory.in_process("fastattn.bench.probe", cells))
+    short, long = (cell["bytes"] for cell in features.measured(cells, 2))
     matrix = features.HEADS * (2 * SHORT) ** 2 * 4  # bytes of one score matrix
     assert long < matrix / 2
     assert long < 2.5 * short + (4 << 20)
@@ -19,5 +19,5 @@ def test_linear_in_length(feature):
 
 def test_the_measure_sees_a_matrix():
     """torch's math path does hold it."""
-    [cell] = memory.in_process("fastattn.bench.probe", [("feature", "forward mode", "torch", SHORT, "cpu")])
+    [cell] = features.measured([("feature", "forward mode", "torch", SHORT, "cpu")])
     assert cell["bytes"] > features.HEADS * SHORT**2 * 4

@@ -1,0 +1,116 @@
+"""Work in processes of their own: a JSON value in on a line, a JSON value out, as many at once as are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+
+def count(device: str) -> int:
+    """How many processes may work side by side: one on a GPU, of which there is one, and otherwise one per CPU core."""
+    if device != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def answers(module: str, todo: Iterable[Any], workers: int = 1, until: float = float("inf")) -> Iterator[tuple[int, Any]]:
+    """(index, answer) of every value as `python -m module` answers it, in the order in which they are ready.
+
+    Args:
+        module: answers each line of its stdin by a line on its stdout, both JSON, and ends with its input.
+        workers: how many such processes; each goes on to the next value as soon as it has answered.
+        until: of time.monotonic; what nobody has begun by then has no answer. The first is always begun.
+
+    The answer is None where the process ended before it gave one; another process goes on with the rest.
+    """
+    values = list(todo)
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index in range(len(values)):
+        waiting.put(index)
+    done: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+    running: list[subprocess.Popen[str]] = []
+    stopped = threading.Event()
+
+    def work() -> None:
+        process = None
+        try:
+            while not stopped.is_set():
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                if index and time.monotonic() > until:
+                    return
+                if process is None:
+                    process = _start(module)
+                    running.append(process)
+                answer = _ask(process, values[index])
+                if answer is None:
+                    _end(process)
+                    process = None
+                done.put((index, answer))
+        finally:
+            if process is not None:
+                _end(process)
+            done.put(None)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(values)))]
+    for thread in threads:
+        thread.start()
+    left = len(threads)
+    try:
+        while left:
+            found = done.get()
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        stopped.set()
+        for process in running:
+            if left:
+                process.kill()
+        for thread in threads:
+            thread.join()
+
+
+def _start(module: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def _ask(process: subprocess.Popen[str], value: Any) -> Any:
+    """What the process answers, None where it has ended."""
+    stdin, stdout = _pipes(process)
+    try:
+        stdin.write(json.dumps(value) + "\n")
+        stdin.flush()
+    except OSError:
+        return None
+    for line in stdout:
+        if line.startswith(("[", "{")):  # anything else was printed by what it calls
+            return json.loads(line)
+    return None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    stdin, stdout = _pipes(process)
+    with contextlib.suppress(OSError):
+        stdin.close()
+    stdout.close()
+    process.wait()
+
+
+def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
