@@ -216,7 +216,7 @@ def _chosen(options: Options) -> dict[str, list[sweeps.Cell]]:
     if options.only:
         whole = {suite: [c for c in found if c.workload.name in options.only] for suite, found in whole.items()}
     if options.quick:
-        whole = {suite: found if suite in ("models", "overhead") else _shortest(found) for suite, found in whole.items()}
+        whole = {suite: found if suite == "overhead" else _shortest(found) for suite, found in whole.items()}
     return {suite: found for suite, found in whole.items() if found}
 
 

@@ -13,12 +13,15 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+MOST = 8  # processes: each may hold a gigabyte
+
 
 def count(device: str) -> int:
     """How many processes may work side by side: one on a GPU, of which there is one, and otherwise one per CPU core."""
     if device != "cpu":
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST)
 
 
 def answers(module: str, todo: Iterable[Any], workers: int = 1, until: float = float("inf")) -> Iterator[tuple[int, Any]]:

@@ -353,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("bench", help="errors against float64 and times beside every peer at hand")
     one.add_argument("suites", nargs="*", metavar="suite", help=f"{', '.join(SUITES)} or all (default: models training)")
-    one.add_argument("--quick", action="store_true", help="a few rounds of everything: to see that it runs")
+    one.add_argument("--quick", action="store_true", help="few workloads, rounds and steps: to see that it runs")
     one.add_argument("--minutes", type=_minutes, help="about how long the whole run may take: the most telling cells come "
                      "first, and what is left out is named (default: everything)")  # fmt: skip
     one.add_argument("--only", action="append", default=[], metavar="WORKLOAD", help="this workload; may be repeated")
