@@ -1,4 +1,7 @@
-"""Gradients where keys and values have a mean, in bf16: relative L2 errors of dq, dk and dv against float64.
+"""Derivatives where keys and values have a mean, in bf16: relative L2 errors against float64.
+
+They are dq, dk and dv; of ours and of the plain formula in bf16 also out', its tangent along directions of q, k and v
+(forward mode), and dq', the gradient by q of dq, dk and dv times these directions (double backward).
 
 Rounding O to bf16 before delta = dO.O, and P (dP - delta) to bf16 before the product with the keys, leaves row sums that
 are exactly 0 a little off 0, and what is off is multiplied by the mean key. Real keys have one.
@@ -25,7 +28,9 @@ from .peers import OURS, PEERS, PLAIN, Peer
 from .workloads import Inputs, Workload
 
 LENGTH, HEAD_DIM, HEADS = 1024, 64, 2
-GRADIENTS = ("dq", "dk", "dv")
+FIRST = ("dq", "dk", "dv")
+NAMES = (*FIRST, "out'", "dq'")
+FORMULA = "plain formula"
 KERNELS = "fastattn triton"
 UNROUNDED = f"{KERNELS}, float32 results"
 WITHOUT = {  # which of (O's low half, the zero sum) the same kernels keep
@@ -35,7 +40,7 @@ WITHOUT = {  # which of (O's low half, the zero sum) the same kernels keep
 }
 TILES = "sm_90"  # whose tiles the interpreter takes here: it is as slow as they are many
 
-Gradients = Callable[[list[Tensor], Tensor], tuple[Tensor, ...]]  # ([q, k, v], do) -> (dq, dk, dv)
+Derivatives = Callable[[list[Tensor], Tensor], tuple[Tensor, ...]]  # ([q, k, v], do) -> the first of NAMES, or all of them
 
 
 @dataclass(frozen=True)
@@ -77,24 +82,31 @@ def inputs(data: Data, n: int = LENGTH, device: str = "cpu") -> tuple[Tensor, ..
     return tuple(x.bfloat16() for x in (q, k + data.key * direction * along, v + data.value, do))
 
 
-def candidates(device: str, compiled: bool = True) -> dict[str, Gradients]:
-    """The gradients of causal attention by every backend of ours that runs here and by every peer that has a backward."""
+def directions(leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Noise of variance 1 for q, k and v each, in their dtype."""
+    g = torch.Generator(leaves[0].device).manual_seed(4)
+    return tuple(torch.randn(x.shape, generator=g, device=x.device).to(torch.bfloat16).to(x.dtype) for x in leaves)
+
+
+def candidates(device: str, compiled: bool = True) -> dict[str, Derivatives]:
+    """Causal attention by every backend of ours that runs here, by the formula, and by every peer that has a backward."""
     x = torch.empty(1, 1, 1, HEAD_DIM, dtype=torch.bfloat16, device=device)
-    found: dict[str, Gradients] = {}
+    found: dict[str, Derivatives] = {}
     for name in dispatch.BACKENDS:
         try:
             explain(x, x, x, backend=name)
         except (ValueError, ImportError):
             continue
-        found[f"fastattn {name}"] = _by(lambda q, k, v, name=name: attention(q, k, v, mask=Causal(), backend=name))  # type: ignore[misc]
+        found[f"fastattn {name}"] = partial(_all, partial(attention, mask=Causal(), backend=name))
         if name == "triton":
             found |= {UNROUNDED: unrounded, **{what: partial(dq_without, steps) for what, steps in WITHOUT.items()}}
+    found[FORMULA] = partial(_all, _plain)
     w = Workload("", "", 1, HEADS, HEADS, LENGTH, HEAD_DIM, torch.bfloat16, causal=True)
     for peer in PEERS:
         if peer in (OURS, PLAIN) or peer.unavailable(device) or peer.cannot(w, device, "forward+backward"):
             continue
         if compiled or not peer.compiles:
-            found[peer.name] = _by(lambda q, k, v, peer=peer: _by_peer(peer, w, q, k, v))  # type: ignore[misc]
+            found[peer.name] = partial(_gradients, partial(_by_peer, peer, w))
     return found
 
 
@@ -120,25 +132,21 @@ def run(device: str, n: int = LENGTH, compiled: bool = True) -> Iterator[Row]:
     everyone = candidates(device, compiled)
     for data in DATA:
         *leaves, do = inputs(data, n, device)
-        exact = _gradients(_plain, [x.double() for x in leaves], do.double())
-        for who, gradients in everyone.items():
+        exact = _all(_plain, [x.double() for x in leaves], do.double())
+        for who, derivatives in everyone.items():
             try:
                 with tiles(who):
-                    found = gradients(leaves, do)
+                    found = derivatives(leaves, do)
                 errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
             except Exception:  # a peer's failure is a cell of the table
-                errors = [float("nan")] * len(GRADIENTS)
-            yield Row(data.name, who, dict(zip(GRADIENTS, errors)))
+                errors = [float("nan")] * len(FIRST)
+            yield Row(data.name, who, dict(zip(NAMES, errors)))
 
 
 def tiles(who: str) -> AbstractContextManager[Any]:
     """In the interpreter the kernels have a GPU's tiles here."""
     own = shim.INTERPRETED and who.startswith((KERNELS, "without"))
     return mock.patch.object(triton_call, "architecture", return_value=TILES) if own else nullcontext()
-
-
-def _by(attend: Callable[..., Tensor]) -> Gradients:
-    return lambda leaves, do: _gradients(attend, leaves, do)
 
 
 def _by_peer(peer: Peer, w: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,6 +157,14 @@ def _by_peer(peer: Peer, w: Workload, q: Tensor, k: Tensor, v: Tensor) -> Tensor
 def _gradients(attend: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:
     x = [y.detach().requires_grad_() for y in leaves]
     return torch.autograd.grad(attend(*x), x, do)
+
+
+def _all(attend: Callable[..., Tensor], leaves: list[Tensor], do: Tensor) -> tuple[Tensor, ...]:
+    x, along = [y.detach().requires_grad_() for y in leaves], directions(leaves)
+    first = torch.autograd.grad(attend(*x), x, do, create_graph=True)
+    (again,) = torch.autograd.grad(first, x[0], along)
+    moved = torch.func.jvp(attend, tuple(leaves), along)[1]
+    return *(y.detach() for y in first), moved, again
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -409,12 +409,27 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch):
 
 
 def test_numerics_tell_a_mean_from_none():
-    """Few rows suffice: torch's fused bf16 gradients lose digits to the keys' mean, ours keep them."""
-    rows = {(row.data, row.who): row.errors["dq"] for row in numerics.run("cpu", 256)}
+    """Few rows suffice: torch's fused bf16 gradients lose digits to the keys' mean, ours keep them. So with tangents."""
+    rows = {(row.data, row.who): row.errors for row in numerics.run("cpu", 256)}
     mean = "key mean 3, value mean 3"
-    assert rows[mean, "fastattn tiled"] < 2.5e-3
-    assert rows[mean, "sdpa"] > 10 * rows["no mean", "sdpa"]
+    assert rows[mean, "fastattn tiled"]["dq"] < 2.5e-3
+    assert rows[mean, "sdpa"]["dq"] > 10 * rows["no mean", "sdpa"]["dq"]
+    ours, formula = rows[mean, "fastattn tiled"], rows[mean, numerics.FORMULA]
+    assert ours["out'"] < 2.5e-3 < formula["out'"] / 10
+    assert ours["dq'"] < formula["dq'"] / 3
+    assert set(rows[mean, "sdpa"]) == set(numerics.FIRST)
     assert "fastattn tiled" in table.numerics([numerics.Row(mean, "fastattn tiled", {"dq": 1e-3})])
+
+
+def test_numerics_of_the_second_order_are_those_of_a_difference():
+    *leaves, do = (x.double() for x in numerics.inputs(numerics.DATA[2], 40))
+    *_, moved, again = numerics._all(numerics._plain, leaves, do)
+    along = numerics.directions(leaves)
+    ends = [[x + step * y for x, y in zip(leaves, along, strict=True)] for step in (1e-6, -1e-6)]
+    outs = [numerics._plain(*x) for x in ends]
+    dqs = [numerics._gradients(numerics._plain, x, do)[0] for x in ends]
+    for found, (after, before) in ((moved, outs), (again, dqs)):
+        torch.testing.assert_close(found, (after - before) / 2e-6, atol=1e-6, rtol=1e-6)
 
 
 def test_hosts_quick(tmp_path):

@@ -1,5 +1,10 @@
 """Bad input raises before any work, and the message names the argument, what came and what is accepted."""
 
+import functools
+import math
+
+import cases
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -45,6 +50,27 @@ def returns_int(b, h, q_idx, k_idx):
 
 def returns_row(b, h, q_idx, k_idx):
     return k_idx.flatten() > 1
+
+
+def q_after_k(q_idx, k_idx):
+    return q_idx >= k_idx
+
+
+def same_parity(*where):
+    return (where[2] + where[3]) % 2 == 0
+
+
+def everywhere(fn):
+    @functools.wraps(fn)
+    def visible(b, h, q_idx, k_idx):
+        return fn(q_idx, k_idx)
+
+    return visible
+
+
+@everywhere
+def diagonal(q_idx, k_idx):
+    return q_idx == k_idx
 
 
 BAD = {
@@ -122,6 +148,11 @@ CONSTRUCTORS = {
     "ids and cu_seqlens": (lambda: fa.Documents(), ValueError, "ids and cu_seqlens"),
     "float mask": (lambda: fa.Dense(torch.zeros(3, 3)), TypeError, "bool"),
     "lambda": (lambda: fa.Custom(lambda b, h, q, k: q >= k), ValueError, "importable"),
+    "built-in as a mask": (lambda: fa.Custom(max), TypeError, r"Custom torch_fn must be a function of \(b, h, q_idx, k_idx\), got a built-in function, max"),
+    "class as a mask": (lambda: fa.Custom(fa.Causal), TypeError, "Custom torch_fn must be a function of .*, got a class, Causal"),
+    "mask of two": (lambda: fa.Custom(q_after_k), TypeError, r"Custom torch_fn must take \(b, h, q_idx, k_idx\), got q_after_k\(q_idx, k_idx\)"),
+    "triton_fn of two": (lambda: fa.Custom(returns_int, q_after_k), TypeError, r"Custom triton_fn must take \(b, h, q_idx, k_idx\), got q_after_k"),
+    "triton_fn is a name": (lambda: fa.Custom(returns_int, "visible"), TypeError, "Custom triton_fn must be a function defined in a module, got 'visible'"),
     "scattered padding": (lambda: fa.Padding(torch.tensor([[True, False, True]])), ValueError, "Dense"),
     "union with a predicate": (lambda: fa.Dense(torch.ones(3, 3, dtype=torch.bool)) | fa.Full(), ValueError, "Dense"),
     "cap": (lambda: fa.Softcap(0.0), ValueError, "cap must be a positive finite number, got 0.0"),
@@ -141,6 +172,34 @@ def test_constructor(name):
     make, error, message = CONSTRUCTORS[name]
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("fn", [same_parity, diagonal, math.hypot])
+def test_custom_takes_what_may_be_a_condition(fn):
+    """Any number of arguments, a wrapper around fewer, a compiled function that does not say."""
+    assert fa.Custom(fn).torch_fn is fn
+
+
+LOWERED = {
+    **{name: make for name, make in cases.MASKS.items() if name not in ("documents", "lengths", "spans", "dense")},
+    "documents": lambda *_: fa.Documents(cu_seqlens=torch.tensor([0, 2])),
+    "ids": lambda *_: fa.Documents(torch.tensor([0, 0, 1])),
+    "lengths": lambda *_: fa.Lengths(torch.tensor([2])),
+    "spans": lambda *_: fa.Spans(torch.tensor([0, 0, 0]), torch.tensor([1, 2, 3])),
+    "dense": lambda *_: fa.Dense(torch.ones(3, 3, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_lengths_of_a_lowered_mask(name):
+    mask = LOWERED[name](2, 1, 3, 3)
+    for lengths, error, message in (
+        ((-1, 3), ValueError, "^n_q must be at least 0, got -1"), ((3, -1), ValueError, "^n_k must be at least 0, got -1"),
+        ((3.0, 3), TypeError, "^n_q must be an int, got 3.0"), ((3, True), TypeError, "^n_k must be an int, got True"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            mask.lower(*lengths)
+    assert mask.lower(np.int64(3), 3).n_q == 3
 
 
 def test_too_long_cu_seqlens():

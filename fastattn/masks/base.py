@@ -30,7 +30,8 @@ class Mask:
         O(n_q) memory; never waits for a device.
 
         Raises:
-            ValueError: the mask does not fit these lengths.
+            TypeError: a length is no int.
+            ValueError: a length is negative, or the mask does not fit these lengths.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define lower()")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def check_count(value: Any, name: str, least: int = 0) -> Any:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return LARGE if isinstance(value, int) and value > LARGE else value
+
+
+def check_lengths(n_q: Any, n_k: Any) -> None:
+    """The arguments of `lower`: a tenth of a microsecond for ints."""
+    if type(n_q) is int and type(n_k) is int and n_q >= 0 and n_k >= 0:
+        return
+    for name, n in (("n_q", n_q), ("n_k", n_k)):
+        if isinstance(n, bool) or not isinstance(n, (numbers.Integral, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {brief(n)}")
+        if not isinstance(n, torch.SymInt) and int(n) < 0:
+            raise ValueError(f"{name} must be at least 0, got {n}")
 
 
 def check_int_tensor(value: Any, name: str, ranks: tuple[int, ...] = (1,)) -> Tensor:

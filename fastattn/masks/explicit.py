@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .algebra import disjoint
 from .base import Mask
-from .checks import check_int_tensor, moved
-from .predicates import CustomPredicate, DensePredicate, check_importable, function_key
+from .checks import check_int_tensor, check_lengths, moved
+from .predicates import CustomPredicate, DensePredicate, check_condition, function_key
 from .spans import MAX_SPANS, START, Bound, LoweredMask, clamp_rows
 
 
@@ -40,6 +40,7 @@ class Spans(Mask):
         self._set(start=start, stop=stop, length=shape[3])
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         if self.length != n_q:
             raise ValueError(f"Spans has {self.length} rows, but n_q is {n_q}")
         start, stop = clamp_rows(_four_dims(moved(self.start, device)), _four_dims(moved(self.stop, device)), n_k)
@@ -74,6 +75,7 @@ class Dense(Mask):
         self._set(tensor=tensor)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         rows, keys = self.tensor.shape[-2:]
         if (rows != 1 and rows != n_q) or (keys != 1 and keys != n_k):
             raise ValueError(
@@ -104,15 +106,16 @@ class Custom(Mask):
 
     def __init__(self, torch_fn: Callable[..., Tensor], triton_fn: Any = None, bounds: Mask | None = None) -> None:
         if not torch.compiler.is_compiling():
-            check_importable(torch_fn, "Custom torch_fn")
+            check_condition(torch_fn, "Custom torch_fn")
             if triton_fn is not None:
-                check_importable(triton_fn, "Custom triton_fn")
+                check_condition(triton_fn, "Custom triton_fn")
             function_key(torch_fn)
         if bounds is not None and not isinstance(bounds, Mask):
             raise TypeError(f"Custom bounds must be a mask or None, got {type(bounds).__name__}")
         self._set(torch_fn=torch_fn, triton_fn=triton_fn, bounds=bounds, aligned=bounds is None or bounds.aligned)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         predicate = CustomPredicate(self.torch_fn, self.triton_fn)
         if self.bounds is None:
             return LoweredMask(n_q, n_k, ((START, Bound(0, n_k)),), None, (predicate,))

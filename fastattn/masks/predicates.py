@@ -100,23 +100,38 @@ def resolve(key: str) -> Any:
     return found
 
 
-def check_importable(fn: Any, name: str) -> None:
-    """Refuse what cannot be found again by its name: lambdas, closures, bound methods, partials.
+def check_condition(fn: Any, name: str) -> None:
+    """Refuse what is no function of the coordinates or cannot be found by its name: lambdas, closures, methods, partials.
 
     Raises:
-        TypeError: it is not a function at all.
+        TypeError: it is not a function at all, or none of four arguments.
         ValueError: it cannot be imported as `module:qualname`.
     """
     plain = _plain(fn)
     if not callable(plain) or not hasattr(plain, "__qualname__") or not hasattr(plain, "__module__"):
         raise TypeError(f"{name} must be a function defined in a module, got {fn!r}")
-    if naming.means(plain.__module__, plain.__qualname__, fn):
+    if not naming.means(plain.__module__, plain.__qualname__, fn):
+        raise ValueError(
+            f"{name} must be importable by its name, as a function at the top level of a module; got "
+            f"{plain.__module__}:{plain.__qualname__}, a lambda, closure, method or shadowed function. Move it to a module's "
+            "top level; put data that it closed over into a Dense mask, Spans, or the coordinates"
+        )
+    _check_arguments(plain, name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_arguments(plain: Any, name: str) -> None:
+    if isinstance(plain, type) or plain.__module__ == "builtins":
+        kind = "a class" if isinstance(plain, type) else "a built-in function"
+        raise TypeError(f"{name} must be a function of (b, h, q_idx, k_idx), got {kind}, {plain.__qualname__}")
+    try:
+        signature = inspect.signature(plain, follow_wrapped=False)
+    except (TypeError, ValueError):  # compiled ones need not say
         return
-    raise ValueError(
-        f"{name} must be importable by its name, as a function at the top level of a module; got "
-        f"{plain.__module__}:{plain.__qualname__}, a lambda, closure, method or shadowed function. Move it to a module's "
-        "top level; put data that it closed over into a Dense mask, Spans, or the coordinates"
-    )
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError:
+        raise TypeError(f"{name} must take (b, h, q_idx, k_idx), got {plain.__qualname__}{signature}") from None
 
 
 def coordinate_grids(coords: Any, n_b: int, n_h: int, n_q: int, n_k: int, device: Any) -> tuple[Tensor, ...]:

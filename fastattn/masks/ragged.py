@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Mask
-from .checks import brief, check_int_tensor, moved, peek, readable
+from .checks import brief, check_int_tensor, check_lengths, moved, peek, readable
 from .spans import START, Bound, LoweredMask, clamp_rows
 
 
@@ -57,6 +57,7 @@ class Documents(Mask):
         self._set(ids=ids, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, within=within)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         row = torch.arange(n_q, dtype=torch.int32, device=device)
         bounds = self._by_ids(n_q, n_k, row) if self.cu_seqlens is None else self._by_cuts(n_q, n_k, row)
         first_q, stop_q, first_k, stop_k = bounds  # each (B|1, n_q)
@@ -136,6 +137,7 @@ class Lengths(Mask):
         self._set(k_lens=k_lens, q_lens=q_lens)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         for side, lens, n in (("k", self.k_lens, n_k), ("q", self.q_lens, n_q)):
             values = None if lens is None else peek(lens)
             if values and max(values) > n:
@@ -179,6 +181,7 @@ class Padding(Mask):
         self._set(keep=keep, side=side)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         if self.keep.shape[1] != n_k:
             raise ValueError(f"Padding keep has {self.keep.shape[1]} keys, but n_k is {n_k}")
         n_kept = moved(self.keep, device).sum(1, dtype=torch.int32)  # (B,)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Mask, largest, offset
-from .checks import LARGE, check_align, check_count, check_int_tensor, moved, peek
+from .checks import LARGE, check_align, check_count, check_int_tensor, check_lengths, moved, peek
 from .spans import START, Bound, LoweredMask, clamp_rows
 
 
@@ -22,6 +22,7 @@ class Full(Mask):
         pass
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         return LoweredMask(n_q, n_k, ((START, Bound(0, n_k)),))
 
     def span_of(self, row: Any, n_q: Any, n_k: Any) -> tuple[Any, Any]:
@@ -41,6 +42,7 @@ class Causal(Mask):
         self._set(align=align, aligned=align is not None)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         return LoweredMask(n_q, n_k, ((START, Bound(1, offset(self, n_q, n_k) + 1)),))
 
     def span_of(self, row: Any, n_q: Any, n_k: Any) -> tuple[Any, Any]:
@@ -68,6 +70,7 @@ class SlidingWindow(Mask):
         self._set(left=left, right=right, align=align, aligned=align is not None or (left is None and right is None))
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         start, stop = START, Bound(0, n_k)
         if not (self.left is None and self.right is None):
             shift = offset(self, n_q, n_k)
@@ -97,6 +100,7 @@ class Chunked(Mask):
         self._set(size=check_count(size, "Chunked size", 1), align=align, aligned=align is not None)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         return lower_rows(self, n_q, n_k, device)
 
     def span_of(self, row: Any, n_q: Any, n_k: Any) -> tuple[Any, Any]:
@@ -125,6 +129,7 @@ class PrefixLM(Mask):
         self._set(prefix=prefix, align=align, aligned=align is not None)
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         if not isinstance(self.prefix, Tensor):
             return lower_rows(self, n_q, n_k, device)
         row = torch.arange(n_q, dtype=torch.int32, device=device)
@@ -147,6 +152,7 @@ class SinkTokens(Mask):
         self._set(n=check_count(n, "SinkTokens n"))
 
     def lower(self, n_q: int, n_k: int, device: Any = "cpu") -> LoweredMask:
+        check_lengths(n_q, n_k)
         return LoweredMask(n_q, n_k, ((START, Bound(0, self.n)),))
 
     def span_of(self, row: Any, n_q: Any, n_k: Any) -> tuple[Any, Any]:
