@@ -175,10 +175,11 @@ def on_device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def run(kernel: Any, programs: int, how: Launch, *args: Any, **constants: Any) -> None:
-    """Launch a one-dimensional grid."""
-    if programs > 0:
-        kernel[(programs,)](*args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
+def run(kernel: Any, programs: int | tuple[int, int], how: Launch, *args: Any, **constants: Any) -> None:
+    """Launch a grid of programs, or of programs by slices of the head_dim."""
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if min(grid) > 0:
+        kernel[grid](*args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
 
 
 def cdiv(a: int, b: int) -> int:
