@@ -1,7 +1,7 @@
 """Launch configurations: one pure function over a table per architecture.
 
-tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]; a fifth
-number says how many columns a program holds at once where the head_dim is split (kernels/tiles.py). Under
+tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]; a
+fifth number, where the head_dim is split, says how many of its columns a program holds at once (kernels/tiles.py). Under
 "<kernel>, chain" stands what a nonlinear score wants instead, under "<kernel>, heavy" what dropout and predicates want:
 they need registers that a larger tile would take. "hopper forward" and the like are the kernels for sm_90 alone
 (kernels/hopper). What does not fit an architecture has no entry. An architecture without

@@ -18,8 +18,20 @@ from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
 from .tiles import (
-    dot_add, dot_rows, dot_rows_add, first_of, head_of, load_rows, mean_of, mean_row, own_columns, owned, program_tile, rounded,
-    slice_of, store_rows,
+    dot_add,
+    dot_rows,
+    dot_rows_add,
+    first_of,
+    head_of,
+    load_rows,
+    mean_of,
+    mean_row,
+    own_columns,
+    owned,
+    program_tile,
+    rounded,
+    slice_of,
+    store_rows,
 )  # fmt: skip
 from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
@@ -60,10 +72,11 @@ def crossed(a, ta, b, tb, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl
 @jit
 def mean_change(q, tq, k, tk, strides, first, lo, hi, BLOCKS: tl.constexpr, DIMS: tl.constexpr):
     """q. mean(k)' + q mean(k.)' over the keys of the tile at `first`; strides as in `forward_jvp`. # [BLOCK_Q]"""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
     if DIMS[1] < DIMS[0]:
         k_tile = load_rows(k, first, strides[1], lo, hi, BLOCKS[1], DIMS[0], DIMS[1], True)
         tk_tile = load_rows(tk, first, strides[4], lo, hi, BLOCKS[1], DIMS[0], DIMS[1], True)
-        total = tl.zeros([BLOCKS[0]], tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
         for column in tl.range(0, DIMS[0], DIMS[1], num_stages=1):
             mean_k = mean_of(slice_of(k_tile, column, DIMS[0], DIMS[1]), first, lo, hi, BLOCKS[1])
             mean_tk = mean_of(slice_of(tk_tile, column, DIMS[0], DIMS[1]), first, lo, hi, BLOCKS[1])

@@ -13,7 +13,16 @@ from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
 from .tangents import crossed
 from .tiles import (
-    dot_add, dot_rows, first_of, head_of, load_rows, mean_row, own_columns, program_tile, rounded, store_rows,
+    dot_add,
+    dot_rows,
+    first_of,
+    head_of,
+    load_rows,
+    mean_row,
+    own_columns,
+    program_tile,
+    rounded,
+    store_rows,
 )  # fmt: skip
 from .walk import key_tile, key_walk, middle_tile, run_of, seen_keys
 
