@@ -262,6 +262,15 @@ def test_defaults_compile_without_spilling_in_loops(arch, head_dim, options, tmp
 
 
 @needs_compiler
+def test_a_split_head_dim_compiles_without_spilling_in_loops(tmp_path, monkeypatch):
+    """A first derivative, a second and a tangent, at a head_dim whose rows fit no tile of this architecture."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = {x.kernel.__name__: x for x in offline.recorded(offline.example(320, torch.float32), "sm_120", 2)}
+    reports = [offline.report(found[x], "sm_120") for x in ("backward_dkdv", "backward_dq_jvp", "forward_jvp2")]
+    assert [str(x) for x in reports if x.loop_spills or x.shared > offline.SHARED["sm_120"] * 1024] == []
+
+
+@needs_compiler
 def test_everything_else_compiles(tmp_path, monkeypatch):
     """Tangents, gradients of parameters and their tangents, dropout, dense and custom masks, float32, sinks, coordinates."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
