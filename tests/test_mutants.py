@@ -73,8 +73,6 @@ MUTANTS = {
                                           TANGENTS + "test_tangents_of_tangents[everything-causal-none-float32-0.0]"),
     "the slice of a result": ("tiles.py", "slice_of(tile, tl.program_id(1) * PADDED,", "slice_of(tile, tl.program_id(1) * 0,",
                               TANGENTS + "test_split_tangents[dense-none-float32-0.0-(40, 300)]"),
-    "the slices of a product": ("tiles.py", "tl.range(0, DIM, PADDED, num_stages=1)", "tl.range(0, DIM - PADDED, PADDED)",
-                                TANGENTS + "test_a_split_backward[dense-none-float32-0.0-(40, 300)]"),
     "a parameter's tangent": ("grads.py", "PUSHED, BEHIND,", "PUSHED, 0,",
                               TANGENTS + "test_tangents[some-sinks_window-chain-float32-0.0]"),
 }  # fmt: skip
