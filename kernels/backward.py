@@ -11,7 +11,7 @@ from .chain import apply_scores, pull_scores
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .tiles import dot_add, dot_rows, head_of, load_rows, mean_row, own_columns, owned, program_tile, rounded, store_rows
 from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
@@ -64,14 +64,15 @@ def dq_tiles(
     for step in tl.range(run[0], run[1], BLOCK_K):
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
-        product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
+        product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
         _, w = weights(product, lse2[:, None], at, scale, data[2], SCORES, 0)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        dp = dot(do, tl.trans(v_tile), PRECISION)
+        dp = dot_rows(do, v_tile, DIMS[2], DIMS[3], PRECISION)
         if FLAGS[7]:
             keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         x = w * (dp - delta[:, None])
+        k_tile = own_columns(k_tile, DIMS[0], DIMS[1])
         if MASKED:
             seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             x = tl.where(seen, x, 0.0)
@@ -152,10 +153,11 @@ def dkdv_tiles(
     for step in tl.range(run[0], run[1], BLOCK_Q):
         q0, q_idx, at = query_tile(step, run, columns, call, FLAGS, BLOCK_Q, MASKED)
         q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
-        product = dot(k, tl.trans(q_tile), PRECISION)  # [BLOCK_K, BLOCK_Q]
+        product = dot_rows(k, q_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_K, BLOCK_Q]
         p, w = weights(product, tl.load(lse2 + q_idx)[None, :], at, scale, data[2], SCORES, 0)
         do_tile = load_rows(do, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
-        dp = dot(v, tl.trans(do_tile), PRECISION)
+        dp = dot_rows(v, do_tile, DIMS[2], DIMS[3], PRECISION)
+        q_tile, do_tile = own_columns(q_tile, DIMS[0], DIMS[1]), own_columns(do_tile, DIMS[2], DIMS[3])
         if MASKED:
             seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
             p = tl.where(seen, p, 0.0)
@@ -208,5 +210,6 @@ def backward_dkdv(
         )  # fmt: skip
     if FLAGS[7]:
         dv = dv * data[3][3]
-    store_rows(head_of(dk_out, b, kv, strides[4]), dk * scale, k0, strides[4], n_k, BLOCK_K, DIMS[0], DIMS[1])
-    store_rows(head_of(dv_out, b, kv, strides[5]), dv, k0, strides[5], n_k, BLOCK_K, DIMS[2], DIMS[3])
+    own_k, own_v = owned(n_k, DIMS[0], DIMS[1], DIMS), owned(n_k, DIMS[2], DIMS[3], DIMS)
+    store_rows(head_of(dk_out, b, kv, strides[4]), dk * scale, k0, strides[4], own_k, BLOCK_K, DIMS[0], DIMS[1])
+    store_rows(head_of(dv_out, b, kv, strides[5]), dv, k0, strides[5], own_v, BLOCK_K, DIMS[2], DIMS[3])

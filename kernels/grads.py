@@ -15,8 +15,8 @@ from .dense import tile_class
 from .dropout import kept
 from .masks import predicates, row_spans
 from .shim import jit, kernel, tl
-from .tangents import tangent_tile
-from .tiles import dot, dot_add, head_of, load_rows
+from .tangents import crossed, tangent_tile
+from .tiles import dot_rows, dot_rows_add, head_of, load_rows
 
 PART = tl.constexpr(8)  # tiles of rows that a program goes over, whose sums are a table's
 
@@ -57,14 +57,14 @@ def tangent_products(
     tq, tk = head_of(operands[0], b, h, strides[0]), head_of(operands[1], b, h // GROUP, strides[1])
     tq_tile = load_rows(tq, q0, strides[0], 0, size[0], BLOCKS[0], DIMS[0], DIMS[1], True)
     tk_tile = load_rows(tk, k0, strides[1], 0, size[1], BLOCKS[1], DIMS[0], DIMS[1], True)
-    change = dot_add(q, tl.trans(tk_tile), dot(tq_tile, tl.trans(k), PRECISION), PRECISION)
+    change = crossed(q, tq_tile, k, tk_tile, DIMS[0], DIMS[1], PRECISION)
     tv = head_of(operands[2], b, h // GROUP, strides[2])
     tv_tile = load_rows(tv, k0, strides[2], 0, size[1], BLOCKS[1], DIMS[2], DIMS[3], True)
-    tdp = dot(do, tl.trans(tv_tile), PRECISION)
+    tdp = dot_rows(do, tv_tile, DIMS[2], DIMS[3], PRECISION)
     if operands[3] is not None:
         tdo = head_of(operands[3], b, h, strides[3])
         tdo_tile = load_rows(tdo, q0, strides[3], 0, size[0], BLOCKS[0], DIMS[2], DIMS[3], True)
-        tdp = dot_add(tdo_tile, tl.trans(v), tdp, PRECISION)
+        tdp = dot_rows_add(tdo_tile, v, tdp, DIMS[2], DIMS[3], PRECISION)
     return change, tdp
 
 
@@ -100,11 +100,11 @@ def gradient_tile(
         q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], True)
         k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
         k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], True)
-        product = dot(q_tile, tl.trans(k_tile), PRECISION)
+        product = dot_rows(q_tile, k_tile, DIMS[0], DIMS[1], PRECISION)
         row_lse, row_delta = tl.load(lse2 + row + q_idx)[:, None], tl.load(delta + row + q_idx)[:, None]
         do_tile = load_rows(head_of(do, b, h, strides[3]), q0, strides[3], 0, size[0], BLOCK_Q, DIMS[2], DIMS[3], True)
         v_tile = load_rows(v_head, k0, strides[2], 0, size[1], BLOCK_K, DIMS[2], DIMS[3], True)
-        dp = dot(do_tile, tl.trans(v_tile), PRECISION)
+        dp = dot_rows(do_tile, v_tile, DIMS[2], DIMS[3], PRECISION)
         keep = seen
         if FLAGS[7]:
             keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, False)

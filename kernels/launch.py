@@ -1,6 +1,7 @@
 """Launch configurations: one pure function over a table per architecture.
 
-tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]. Under
+tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]; a
+fifth number, where the head_dim is split, says how many of its columns a program holds at once (kernels/tiles.py). Under
 "<kernel>, chain" stands what a nonlinear score wants instead, under "<kernel>, heavy" what dropout and predicates want:
 they need registers that a larger tile would take. "hopper forward" and the like are the kernels for sm_90 alone
 (kernels/hopper). What does not fit an architecture has no entry. An architecture without
@@ -26,6 +27,17 @@ class Launch(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    columns: int = 0  # of head_dim that a program holds at once; 0: all
+
+    def dims(self, dims: tuple[int, ...]) -> tuple[int, ...]:
+        """DIMS of a kernel from those (head_dim, padded, v_dim, padded) of a call."""
+        if not self.columns:
+            return dims
+        return dims[0], min(dims[1], self.columns), dims[2], min(dims[3], self.columns)
+
+    def slices(self, *dims: int) -> int:
+        """How many programs share the columns of results of these widths."""
+        return -(-max(dims) // self.columns) if self.columns else 1
 
 
 @functools.cache

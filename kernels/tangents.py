@@ -17,7 +17,22 @@ from .chain import apply_scores
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .tiles import (
+    dot_add,
+    dot_rows,
+    dot_rows_add,
+    first_of,
+    head_of,
+    load_rows,
+    mean_of,
+    mean_row,
+    own_columns,
+    owned,
+    program_tile,
+    rounded,
+    slice_of,
+    store_rows,
+)  # fmt: skip
 from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
@@ -49,6 +64,32 @@ def pull_tangents(g, dg, s, ds, at, scores, tscores, SCORES: tl.constexpr, PUSHE
 
 
 @jit
+def crossed(a, ta, b, tb, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """ta b' + a tb'"""
+    return dot_rows_add(a, tb, dot_rows(ta, b, DIM, PADDED, PRECISION), DIM, PADDED, PRECISION)
+
+
+@jit
+def mean_change(q, tq, k, tk, strides, first, lo, hi, BLOCKS: tl.constexpr, DIMS: tl.constexpr):
+    """q. mean(k)' + q mean(k.)' over the keys of the tile at `first`; strides as in `forward_jvp`. # [BLOCK_Q]"""
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    if DIMS[1] < DIMS[0]:
+        k_tile = load_rows(k, first, strides[1], lo, hi, BLOCKS[1], DIMS[0], DIMS[1], True)
+        tk_tile = load_rows(tk, first, strides[4], lo, hi, BLOCKS[1], DIMS[0], DIMS[1], True)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        for column in tl.range(0, DIMS[0], DIMS[1], num_stages=1):
+            mean_k = mean_of(slice_of(k_tile, column, DIMS[0], DIMS[1]), first, lo, hi, BLOCKS[1])
+            mean_tk = mean_of(slice_of(tk_tile, column, DIMS[0], DIMS[1]), first, lo, hi, BLOCKS[1])
+            q_slice, tq_slice = slice_of(q, column, DIMS[0], DIMS[1]), slice_of(tq, column, DIMS[0], DIMS[1])
+            total += tl.sum(tq_slice.to(tl.float32) * mean_k[None, :] + q_slice.to(tl.float32) * mean_tk[None, :], 1)
+        return total
+    else:
+        mean_k = mean_row(k, first, strides[1], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
+        mean_tk = mean_row(tk, first, strides[4], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
+        return tl.sum(tq.to(tl.float32) * mean_k[None, :] + q.to(tl.float32) * mean_tk[None, :], 1)
+
+
+@jit
 def jvp_tiles(
     acc, mean, off, q, tq, lse2, shift, k, v, tk, tv, strides, walk, rows, first, last, scale, call, tscores,
     FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
@@ -62,12 +103,13 @@ def jvp_tiles(
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
-        product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
-        change = dot_add(q, tl.trans(tk_tile), dot(tq, tl.trans(k_tile), PRECISION), PRECISION) * scale
+        product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
+        change = crossed(q, tq, k_tile, tk_tile, DIMS[0], DIMS[1], PRECISION) * scale
         p, _ = weights(product, lse2[:, None], at, scale, data[2], SCORES, len(SCORES))
         change = push_scores(change, product * scale, at, data[2], tscores, SCORES, PUSHED, len(SCORES))
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        v_tile, tv_tile = own_columns(v_tile, DIMS[2], DIMS[3]), own_columns(tv_tile, DIMS[2], DIMS[3])
         if MASKED:
             seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
@@ -113,9 +155,7 @@ def forward_jvp(
     walk, lo, hi = key_walk(data[0], SPANS - 1, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
     middle, some = middle_tile(walk, FLAGS, BLOCKS[1])
     hi = tl.where(some, hi, lo)
-    mean_k = mean_row(k, middle, strides[1], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
-    mean_tk = mean_row(tk, middle, strides[4], lo, hi, BLOCKS[1], DIMS[0], DIMS[1])
-    shift = tl.sum(tq_tile.to(tl.float32) * mean_k[None, :] + q_tile.to(tl.float32) * mean_tk[None, :], 1) * scale
+    shift = mean_change(q_tile, tq_tile, k, tk, strides, middle, lo, hi, BLOCKS, DIMS) * scale
     for r in tl.range(0, SPANS, num_stages=1):
         start_k, stop_k = row_spans(data[0], r, b, h, q_idx, ok, size, FLAGS)
         walk, first, last = key_walk(data[0], r, b, h, q0, start_k, stop_k, ok, size, FLAGS, PREDICATES, BLOCKS)
@@ -135,13 +175,14 @@ def forward_jvp(
         mean += tl.exp2(sink * LOG2E - lse2) * tsink
     if FLAGS[7]:
         acc = acc * data[3][3]
-    o = load_rows(head_of(out, b, h, strides[6]), q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True).to(tl.float32)
+    o = load_rows(head_of(out, b, h, strides[6]), q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
+    o = own_columns(o, DIMS[2], DIMS[3]).to(tl.float32)
     if out_lo is not None:
         low = load_rows(head_of(out_lo, b, h, strides[7]), q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
-        o += low.to(tl.float32)
+        o += own_columns(low, DIMS[2], DIMS[3]).to(tl.float32)
     acc -= (mean - shift)[:, None] * o
     store_rows(head_of(tout, b, h, strides[8]), acc, q0, strides[8], n_q, BLOCK_Q, DIMS[2], DIMS[3])
-    tl.store(tlse + row, mean, mask=ok)
+    tl.store(tlse + row, mean, mask=first_of(ok, DIMS))
 
 
 @jit
@@ -178,12 +219,13 @@ def dq_jvp_tiles(
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        product = dot(q, tl.trans(k_tile), PRECISION)  # [BLOCK_Q, BLOCK_K]
-        change = dot_add(q, tl.trans(tk_tile), dot(tq, tl.trans(k_tile), PRECISION), PRECISION)
-        dp = dot(do, tl.trans(v_tile), PRECISION)
-        tdp = dot(do, tl.trans(tv_tile), PRECISION)
+        product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
+        change = crossed(q, tq, k_tile, tk_tile, DIMS[0], DIMS[1], PRECISION)
+        dp = dot_rows(do, v_tile, DIMS[2], DIMS[3], PRECISION)
+        tdp = dot_rows(do, tv_tile, DIMS[2], DIMS[3], PRECISION)
         if TDO:
-            tdp = dot_add(tdo, tl.trans(v_tile), tdp, PRECISION)
+            tdp = dot_rows_add(tdo, v_tile, tdp, DIMS[2], DIMS[3], PRECISION)
+        k_tile, tk_tile = own_columns(k_tile, DIMS[0], DIMS[1]), own_columns(tk_tile, DIMS[0], DIMS[1])
         if FLAGS[7]:
             keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
@@ -283,13 +325,16 @@ def dkdv_jvp_tiles(
         q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         tq_tile = load_rows(tq, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         do_tile = load_rows(do, q0, strides[6], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
-        product = dot(k, tl.trans(q_tile), PRECISION)  # [BLOCK_K, BLOCK_Q]
-        change = dot_add(tk, tl.trans(q_tile), dot(k, tl.trans(tq_tile), PRECISION), PRECISION)
-        dp = dot(v, tl.trans(do_tile), PRECISION)
-        tdp = dot(tv, tl.trans(do_tile), PRECISION)
+        product = dot_rows(k, q_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_K, BLOCK_Q]
+        change = crossed(tk, k, tq_tile, q_tile, DIMS[0], DIMS[1], PRECISION)
+        dp = dot_rows(v, do_tile, DIMS[2], DIMS[3], PRECISION)
+        tdp = dot_rows(tv, do_tile, DIMS[2], DIMS[3], PRECISION)
         if TDO:
             tdo_tile = load_rows(tdo, q0, strides[7], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
-            tdp = dot_add(v, tl.trans(tdo_tile), tdp, PRECISION)
+            tdp = dot_rows_add(v, tdo_tile, tdp, DIMS[2], DIMS[3], PRECISION)
+            tdo_tile = own_columns(tdo_tile, DIMS[2], DIMS[3])
+        do_tile = own_columns(do_tile, DIMS[2], DIMS[3])
+        q_tile, tq_tile = own_columns(q_tile, DIMS[0], DIMS[1]), own_columns(tq_tile, DIMS[0], DIMS[1])
         if FLAGS[7]:
             keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
@@ -354,5 +399,6 @@ def backward_dkdv_jvp(
         )  # fmt: skip
     if FLAGS[7]:
         dv = dv * data[3][3]
-    store_rows(head_of(dk_out, b, kv, strides[8]), dk * scale, k0, strides[8], n_k, BLOCK_K, DIMS[0], DIMS[1])
-    store_rows(head_of(dv_out, b, kv, strides[9]), dv, k0, strides[9], n_k, BLOCK_K, DIMS[2], DIMS[3])
+    own_k, own_v = owned(n_k, DIMS[0], DIMS[1], DIMS), owned(n_k, DIMS[2], DIMS[3], DIMS)
+    store_rows(head_of(dk_out, b, kv, strides[8]), dk * scale, k0, strides[8], own_k, BLOCK_K, DIMS[0], DIMS[1])
+    store_rows(head_of(dv_out, b, kv, strides[9]), dv, k0, strides[9], own_v, BLOCK_K, DIMS[2], DIMS[3])

@@ -11,7 +11,19 @@ from .backward import weights
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, mean_row, program_tile, rounded, store_rows
+from .tangents import crossed
+from .tiles import (
+    dot_add,
+    dot_rows,
+    first_of,
+    head_of,
+    load_rows,
+    mean_row,
+    own_columns,
+    program_tile,
+    rounded,
+    store_rows,
+)  # fmt: skip
 from .walk import key_tile, key_walk, middle_tile, run_of, seen_keys
 
 
@@ -36,12 +48,6 @@ def push_twice(d1, d2, d12, s, at, scores, tscores, SCORES: tl.constexpr, PUSHED
 
 
 @jit
-def crossed(a, ta, b, tb, PRECISION: tl.constexpr):
-    """ta b' + a tb'"""
-    return dot_add(a, tl.trans(tb), dot(ta, tl.trans(b), PRECISION), PRECISION)
-
-
-@jit
 def jvp2_tiles(
     acc, mean, off, q, q1, q2, q12, lse2, tlse1, tlse2, keys, strides, walk, rows, first, last, scale, call, tscores,
     FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, DIMS: tl.constexpr,
@@ -59,12 +65,13 @@ def jvp2_tiles(
         k = load_rows(keys[0], k0, strides[0], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         k1 = load_rows(keys[1], k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         k2 = load_rows(keys[2], k0, strides[2], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
-        product = dot(q, tl.trans(k), PRECISION)  # [BLOCK_Q, BLOCK_K]
-        mixed = crossed(q1, q2, k1, k2, PRECISION)
+        product = dot_rows(q, k, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
+        mixed = crossed(q1, q2, k1, k2, DIMS[0], DIMS[1], PRECISION)
         if BOTH:
             k12 = load_rows(keys[3], k0, strides[3], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
-            mixed += crossed(q, q12, k, k12, PRECISION)
-        along1, along2 = crossed(q, q1, k, k1, PRECISION), crossed(q, q2, k, k2, PRECISION)
+            mixed += crossed(q, q12, k, k12, DIMS[0], DIMS[1], PRECISION)
+        along1 = crossed(q, q1, k, k1, DIMS[0], DIMS[1], PRECISION)
+        along2 = crossed(q, q2, k, k2, DIMS[0], DIMS[1], PRECISION)
         p, _ = weights(product, lse2[:, None], at, scale, data[2], SCORES, len(SCORES))
         a1, a2, a12 = push_twice(
             along1 * scale, along2 * scale, mixed * scale, product * scale, at, data[2], tscores, SCORES, PUSHED
@@ -73,6 +80,8 @@ def jvp2_tiles(
         v = load_rows(keys[4], k0, strides[4], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         v1 = load_rows(keys[5], k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         v2 = load_rows(keys[6], k0, strides[6], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        v, v1 = own_columns(v, DIMS[2], DIMS[3]), own_columns(v1, DIMS[2], DIMS[3])
+        v2 = own_columns(v2, DIMS[2], DIMS[3])
         if MASKED:
             seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, a1, a12 = tl.where(seen, p, 0.0), tl.where(seen, a1, 0.0), tl.where(seen, a12, 0.0)
@@ -91,6 +100,7 @@ def jvp2_tiles(
         acc = dot_add(rounded(p * u2, v.dtype), v1, acc, PRECISION)
         if BOTH:
             v12 = load_rows(keys[7], k0, strides[7], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+            v12 = own_columns(v12, DIMS[2], DIMS[3])
             if MASKED and len(PREDICATES) > 0:
                 v12 = tl.where(some, v12, 0.0)
             acc = dot_add(rounded(p, v.dtype), v12, acc, PRECISION)
@@ -158,10 +168,11 @@ def forward_jvp2(
         mean += tl.load(sink_share + row, mask=ok, other=0.0)
     if FLAGS[7]:
         acc = acc * data[3][3]
-    o = load_rows(head_of(out, b, h, strides[12]), q0, strides[12], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True).to(tl.float32)
+    o = load_rows(head_of(out, b, h, strides[12]), q0, strides[12], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
+    o = own_columns(o, DIMS[2], DIMS[3]).to(tl.float32)
     if out_lo is not None:
         low = load_rows(head_of(out_lo, b, h, strides[13]), q0, strides[13], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], True)
-        o += low.to(tl.float32)
+        o += own_columns(low, DIMS[2], DIMS[3]).to(tl.float32)
     acc -= mean[:, None] * o
     store_rows(head_of(tout, b, h, strides[14]), acc, q0, strides[14], n_q, BLOCK_Q, DIMS[2], DIMS[3])
-    tl.store(tlse + row, mean, mask=ok)
+    tl.store(tlse + row, mean, mask=first_of(ok, DIMS))

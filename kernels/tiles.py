@@ -2,6 +2,10 @@
 
 Offsets of an entry, a head and a tile's first row are int64; offsets inside a tile are int32 (the launcher sees to it
 that they fit). A matrix is padded to PADDED columns with zeros; DIM of them exist.
+
+Where PADDED < DIM, registers do not hold whole rows: the head_dim is split. A tile then stays in memory, as (addresses of its
+rows, which of them exist, column stride); products over the head_dim sum slices of PADDED columns, in one order; and a program
+owns one slice of every result, that of its second program id. What rows share is computed by all of them, and written by one.
 """
 
 from .shim import UPCAST, jit, tl
@@ -24,24 +28,69 @@ def row_pointers(x, first, strides, ROWS: tl.constexpr, PADDED: tl.constexpr):
 def load_rows(
     x, first, strides, lo, hi, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Rows first to first + ROWS; MASKED: zero outside of [lo, hi). # [ROWS, PADDED]"""
-    at = row_pointers(x, first, strides, ROWS, PADDED)
-    row = first + tl.arange(0, ROWS)
-    if MASKED:
-        inside = ((row >= lo) & (row < hi))[:, None]
-        if PADDED != DIM:
-            inside = inside & (tl.arange(0, PADDED) < DIM)[None, :]
-        return tl.load(at, mask=inside, other=0.0)
-    elif PADDED != DIM:
-        return tl.load(at, mask=(tl.arange(0, PADDED) < DIM)[None, :], other=0.0)
+    """Rows first to first + ROWS; MASKED: zero outside of [lo, hi). # [ROWS, PADDED], or a tile in memory"""
+    if PADDED < DIM:
+        rows = tl.arange(0, ROWS)
+        return x + first.to(tl.int64) * strides[2] + rows * strides[2], (first + rows >= lo) & (first + rows < hi), strides[3]
     else:
-        return tl.load(at)
+        at = row_pointers(x, first, strides, ROWS, PADDED)
+        row = first + tl.arange(0, ROWS)
+        if MASKED:
+            inside = ((row >= lo) & (row < hi))[:, None]
+            if PADDED != DIM:
+                inside = inside & (tl.arange(0, PADDED) < DIM)[None, :]
+            return tl.load(at, mask=inside, other=0.0)
+        elif PADDED != DIM:
+            return tl.load(at, mask=(tl.arange(0, PADDED) < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(at)
+
+
+@jit
+def slice_of(tile, column, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Columns column to column + PADDED of a tile in memory; zero from DIM on. # [ROWS, PADDED]"""
+    at = column + tl.arange(0, PADDED)
+    return tl.load(tile[0][:, None] + at[None, :] * tile[2], mask=tile[1][:, None] & (at < DIM)[None, :], other=0.0)
+
+
+@jit
+def own_columns(tile, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """The columns of a tile that the program's results have. # [ROWS, PADDED]"""
+    if PADDED < DIM:
+        return slice_of(tile, tl.program_id(1) * PADDED, DIM, PADDED)
+    else:
+        return tile
+
+
+@jit
+def first_of(ok, DIMS: tl.constexpr):
+    """`ok` where the program writes what all slices of the head_dim share: the first of them does."""
+    if DIMS[1] < DIMS[0] or DIMS[3] < DIMS[2]:
+        return ok & (tl.program_id(1) == 0)
+    else:
+        return ok
+
+
+@jit
+def owned(n, DIM: tl.constexpr, PADDED: tl.constexpr, DIMS: tl.constexpr):
+    """How many of n rows of a result the program writes: none where its slice lies beyond the DIM columns."""
+    if DIMS[1] < DIMS[0] or DIMS[3] < DIMS[2]:
+        return tl.where(tl.program_id(1) * PADDED < DIM, n, 0)
+    else:
+        return n
 
 
 @jit
 def mean_row(x, first, strides, lo, hi, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
     """The mean of the rows of a tile that are in [lo, hi); what is not finite (a hidden key may be) counts as 0. # [PADDED]"""
-    tile = load_rows(x, first, strides, lo, hi, ROWS, DIM, PADDED, True).to(tl.float32)
+    tile = own_columns(load_rows(x, first, strides, lo, hi, ROWS, DIM, PADDED, True), DIM, PADDED)
+    return mean_of(tile, first, lo, hi, ROWS)
+
+
+@jit
+def mean_of(tile, first, lo, hi, ROWS: tl.constexpr):
+    """`mean_row` of a tile at hand."""
+    tile = tile.to(tl.float32)
     tile = tl.where(tl.abs(tile) < float("inf"), tile, 0.0)
     n = tl.minimum(first + ROWS, hi) - tl.maximum(first, lo)
     return tl.sum(tile, 0) / tl.maximum(n, 1).to(tl.float32)
@@ -59,10 +108,16 @@ def rounded(x, DTYPE: tl.constexpr):
 
 @jit
 def store_rows(x, value, first, strides, n, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Write the rows below n of value [ROWS, PADDED] in x's dtype."""
-    at = row_pointers(x, first, strides, ROWS, PADDED)
-    inside = (first + tl.arange(0, ROWS) < n)[:, None] & (tl.arange(0, PADDED) < DIM)[None, :]
-    tl.store(at, rounded(value, x.dtype.element_ty), mask=inside)
+    """Write the rows below n of value [ROWS, PADDED], the program's own columns, in x's dtype."""
+    if PADDED < DIM:
+        column = tl.program_id(1) * PADDED
+        at = row_pointers(x + column * strides[3], first, strides, ROWS, PADDED)
+        inside = (first + tl.arange(0, ROWS) < n)[:, None] & (column + tl.arange(0, PADDED) < DIM)[None, :]
+        tl.store(at, rounded(value, x.dtype.element_ty), mask=inside)
+    else:
+        at = row_pointers(x, first, strides, ROWS, PADDED)
+        inside = (first + tl.arange(0, ROWS) < n)[:, None] & (tl.arange(0, PADDED) < DIM)[None, :]
+        tl.store(at, rounded(value, x.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -81,6 +136,28 @@ def dot_add(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit
+def dot_rows(a, b, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b' of two tiles over their columns, in float32."""
+    if PADDED < DIM:
+        acc = tl.zeros([a[1].shape[0], b[1].shape[0]], tl.float32)
+        return dot_rows_add(a, b, acc, DIM, PADDED, PRECISION)
+    else:
+        return dot(a, tl.trans(b), PRECISION)
+
+
+@jit
+def dot_rows_add(a, b, acc, DIM: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a @ b' of two tiles over their columns, in float32."""
+    if PADDED < DIM:
+        for column in tl.range(0, DIM, PADDED, num_stages=1):
+            b_slice = slice_of(b, column, DIM, PADDED)
+            acc = dot_add(slice_of(a, column, DIM, PADDED), tl.trans(b_slice), acc, PRECISION)
+        return acc
+    else:
+        return dot_add(a, tl.trans(b), acc, PRECISION)
 
 
 @jit

@@ -68,9 +68,11 @@ MUTANTS = {
                                   TANGENTS + "test_keys_and_values_with_a_mean[False-False]"),
     "the sums of a sink": ("tangents.py", "toff -= tl.load(tsums + row)", "toff -= 0.0",
                            TANGENTS + "test_keys_and_values_with_a_mean[False-True]"),
-    "a crossed term of both directions": ("tangents2.py", "mixed = crossed(q1, q2, k1, k2, PRECISION)",
-                                          "mixed = crossed(q1, q1, k1, k1, PRECISION)",
+    "a crossed term of both directions": ("tangents2.py", "mixed = crossed(q1, q2, k1, k2, DIMS",
+                                          "mixed = crossed(q1, q1, k1, k1, DIMS",
                                           TANGENTS + "test_tangents_of_tangents[everything-causal-none-float32-0.0]"),
+    "the slice of a result": ("tiles.py", "slice_of(tile, tl.program_id(1) * PADDED,", "slice_of(tile, tl.program_id(1) * 0,",
+                              TANGENTS + "test_split_tangents[dense-none-float32-0.0-(40, 300)]"),
     "a parameter's tangent": ("grads.py", "PUSHED, BEHIND,", "PUSHED, 0,",
                               TANGENTS + "test_tangents[some-sinks_window-chain-float32-0.0]"),
 }  # fmt: skip

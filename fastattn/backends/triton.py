@@ -23,7 +23,7 @@ from ..scores.base import on_device_too
 from . import blocked, triton_call
 from .facts import facts
 from .operands import sink_weight, sum_rows_like
-from .triton_call import Call, cdiv, config, on_device, strides_of
+from .triton_call import Call, cdiv, column_grid, config, on_device, row_grid, strides_of
 from .triton_params import param_grads, params_by_torch
 from .triton_rows import Statistics, statistics
 from .triton_tangents import TANGENTS, TWICE, backward_jvp, forward_jvp, forward_jvp2
@@ -158,11 +158,11 @@ def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor) ->
     """dq alone."""
     how = config(p, "dq")
     triton_call.run(
-        backward_kernels.backward_dq, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, rows.do, rows.lse2,
+        backward_kernels.backward_dq, row_grid(p, how, call.dims[0]), how, *call.operands, rows.do, rows.lse2,
         rows.delta, rows.dlse, p.sinks, dq, row_pass(p, call, how),
         (*call.strides, rows.do.stride(), dq.stride(), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, max(p.n_b_coords, 1), rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
-        call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+        call.spans, how.dims(call.dims), (how.block_q, how.block_k), call.precision,
         not p.invariant and not any(isinstance(score, Pointwise) for score in p.scores),
     )  # fmt: skip
 
@@ -170,9 +170,9 @@ def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor) ->
 def _launch_dkdv(p: Problem, call: Call, rows: Statistics, dk: Tensor, dv: Tensor) -> None:
     how = config(p, "dkdv")
     triton_call.run(
-        backward_kernels.backward_dkdv, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how, *call.operands, rows.do, rows.lse2,
+        backward_kernels.backward_dkdv, column_grid(p, how), how, *call.operands, rows.do, rows.lse2,
         rows.delta, dk, dv, column_pass(p, call, how),
         (*call.strides, rows.do.stride(), dk.stride(), dv.stride()), p.scale, *call.ints, p.n_kv, max(p.n_b_coords, 1),
-        rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
+        rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1), call.spans, how.dims(call.dims),
         (how.block_q, how.block_k), call.precision,
     )  # fmt: skip

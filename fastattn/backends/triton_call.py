@@ -175,10 +175,21 @@ def on_device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def run(kernel: Any, programs: int, how: Launch, *args: Any, **constants: Any) -> None:
-    """Launch a one-dimensional grid."""
-    if programs > 0:
-        kernel[(programs,)](*args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
+def run(kernel: Any, programs: int | tuple[int, int], how: Launch, *args: Any, **constants: Any) -> None:
+    """Launch a grid of programs, or of programs by slices of the head_dim."""
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if min(grid) > 0:
+        kernel[grid](*args, **constants, num_warps=how.num_warps, num_stages=how.num_stages)
+
+
+def row_grid(p: Problem, how: Launch, width: int) -> tuple[int, int]:
+    """Programs of a pass over tiles of rows, by slices of its result's columns, of which there are `width`."""
+    return cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how.slices(width)
+
+
+def column_grid(p: Problem, how: Launch) -> tuple[int, int]:
+    """Programs of a pass over tiles of keys, by slices of the columns of k and v."""
+    return cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how.slices(p.k.shape[3], p.v_dim)
 
 
 def cdiv(a: int, b: int) -> int:

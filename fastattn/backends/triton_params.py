@@ -90,7 +90,7 @@ def param_grads(
                 kernels.score_grads, tiles * shape[0] * shape[1], own, *call.operands, do, lse2, delta, sums,
                 tile_pass(call), score.device_args(), () if moved is None else tuple(moved), (*call.strides, do.stride()),
                 p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1), delta.shape[2], p.n_b, n_table, call.flags,
-                call.predicates, call.chain, pushed, p.n_h // max(p.n_kv, 1), call.spans, call.dims,
+                call.predicates, call.chain, pushed, p.n_h // max(p.n_kv, 1), call.spans, own.dims(call.dims),
                 (own.block_q, own.block_k), call.precision, i + 1, plan.weight, plan.entry, plan.shape, plan.keep_b,
                 plan.keep_h,
             )  # fmt: skip

@@ -15,7 +15,7 @@ from ..scores import Pointwise
 from . import tangents, triton_call, triton_params
 from .facts import facts
 from .operands import safe_lse, sink_weight, sum_rows_like
-from .triton_call import Call, cdiv, config, on_device, reachable, strides_of
+from .triton_call import Call, column_grid, config, on_device, reachable, row_grid, strides_of
 from .triton_params import params_by_torch
 from .triton_rows import statistics
 from .triton_tiles import column_pass, prepare, row_pass
@@ -66,10 +66,10 @@ def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tenso
     )  # fmt: skip
     with on_device(p.q):
         triton_call.run(
-            kernels.forward_jvp, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, *way.operands, out, low, lse,
+            kernels.forward_jvp, row_grid(p, how, p.v_dim), how, *call.operands, *way.operands, out, low, lse,
             p.sinks, t.sinks, tout, tlse, row_pass(p, call, how), way.scores, strides, p.scale, *call.ints, p.n_h,
             max(p.n_b_coords, 1), call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1), call.spans,
-            call.dims, (how.block_q, how.block_k), call.precision,
+            how.dims(call.dims), (how.block_q, how.block_k), call.precision,
         )  # fmt: skip
     return tout, tlse
 
@@ -142,24 +142,24 @@ def _launch_rows(p: Problem, call: Call, way: Moved, rows: _Rows, sums: tuple[An
     how = config(p, "jvp dq")
     zero_sum = not any(isinstance(score, Pointwise) for score in p.scores)
     triton_call.run(
-        kernels.backward_dq_jvp, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, *call.operands, *way.operands, rows.do,
+        kernels.backward_dq_jvp, row_grid(p, how, call.dims[0]), how, *call.operands, *way.operands, rows.do,
         rows.tdo, rows.lse2, rows.tlse, rows.delta, rows.tdelta, *(sums if zero_sum else (None, None)), dq,
         row_pass(p, call, how), way.scores,
         (*call.strides, *way.strides, rows.do.stride(), strides_of(rows.tdo, 4), dq.stride()), p.scale, *call.ints, p.n_h,
         max(p.n_b_coords, 1), rows.n_pad, call.flags, call.predicates, call.chain, way.pushed, p.n_h // max(p.n_kv, 1),
-        call.spans, call.dims, (how.block_q, how.block_k), call.precision, zero_sum,
+        call.spans, how.dims(call.dims), (how.block_q, how.block_k), call.precision, zero_sum,
     )  # fmt: skip
 
 
 def _launch_columns(p: Problem, call: Call, way: Moved, rows: _Rows, dk: Tensor, dv: Tensor) -> None:
     how = config(p, "jvp dkdv")
     triton_call.run(
-        kernels.backward_dkdv_jvp, cdiv(p.n_k, how.block_k) * p.n_b * p.n_kv, how,
+        kernels.backward_dkdv_jvp, column_grid(p, how), how,
         *call.operands, *way.operands, rows.do, rows.tdo, rows.lse2, rows.tlse, rows.delta, rows.tdelta, dk, dv,
         column_pass(p, call, how), way.scores,
         (*call.strides, *way.strides, rows.do.stride(), strides_of(rows.tdo, 4), dk.stride(), dv.stride()), p.scale,
         *call.ints, p.n_kv, max(p.n_b_coords, 1), rows.n_pad, call.flags, call.predicates, call.chain, way.pushed,
-        p.n_h // max(p.n_kv, 1), call.spans, call.dims, (how.block_q, how.block_k), call.precision,
+        p.n_h // max(p.n_kv, 1), call.spans, how.dims(call.dims), (how.block_q, how.block_k), call.precision,
     )  # fmt: skip
 
 
@@ -179,11 +179,11 @@ def forward_jvp2(p: Problem, t: ThreeTangents, out, lse, out_lo, tlse_one, tlse_
     both = any(x is not None for x in (t.both.q, t.both.k, t.both.v))
     with on_device(p.q):
         triton_call.run(
-            tangents2.forward_jvp2, cdiv(p.n_q, how.block_q) * p.n_b * p.n_h, how, flat, out, low, lse, one, two,
+            tangents2.forward_jvp2, row_grid(p, how, p.v_dim), how, flat, out, low, lse, one, two,
             _sink_share(p, t, lse, two), tout, tlse, row_pass(p, call, how), tuple(way.scores for way in ways), strides,
             p.scale, *call.ints, p.n_h, max(p.n_b_coords, 1), call.flags, call.predicates, call.chain,
-            tuple(way.pushed for way in ways), p.n_h // max(p.n_kv, 1), call.spans, call.dims, (how.block_q, how.block_k),
-            call.precision, both,
+            tuple(way.pushed for way in ways), p.n_h // max(p.n_kv, 1), call.spans, how.dims(call.dims),
+            (how.block_q, how.block_k), call.precision, both,
         )  # fmt: skip
     return tout, tlse
 

@@ -244,7 +244,7 @@ def _set(arch: str, entry: Entry, how: Any) -> None:
     if how is None:
         del by_dim[_dim(entry)]
     else:
-        by_dim[_dim(entry)] = list(how)
+        by_dim[_dim(entry)] = list(how) if len(how) == 4 or how[4] else list(how)[:4]
     launches.launch.cache_clear()
 
 

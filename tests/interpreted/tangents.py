@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import fastattn as fa
 from fastattn import functional
-from fastattn.backends import tiled, triton, triton_tangents
+from fastattn.backends import tiled, triton, triton_call, triton_tangents
 from fastattn.problem import Tangents, ThreeTangents
 
 LIMIT = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # relative L2
@@ -246,3 +246,60 @@ def test_forward_over_forward_and_double_backward_through_functorch():
 
     for a, b in zip(second("triton"), second("tiled"), strict=True):
         assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+WIDE = [
+    ("sinks_window", "chain", torch.float32, 0.2, (300, 40)),
+    ("dense", "none", torch.float32, 0.0, (40, 300)),
+    ("causal", "softcap", torch.bfloat16, 0.0, (257, 270)),
+]
+split = pytest.mark.parametrize(("mask", "score", "dtype", "dropout", "dims"), WIDE, ids=lambda x: str(x).replace("torch.", ""))
+
+
+def split_call(mask, score, dtype, dropout, dims):
+    """One of q and v has several slices of its head_dim, and the other as many or one."""
+    p = problem(mask, score, dtype, dropout, n_q=19, n_k=37, heads=(2, 1), dims=dims)
+    for kernel in ("dq", "dkdv", "grads", "jvp", "jvp dq", "jvp dkdv", "jvp grads", "jvp2"):
+        assert 0 < triton_call.config(p, kernel).columns < max(dims)
+    assert "does not fit" not in str(triton.falls_back(p))
+    return p
+
+
+@split
+def test_a_split_backward(mask, score, dtype, dropout, dims):
+    p = split_call(mask, score, dtype, dropout, dims)
+    saved, saved64 = triton.forward(p, True), tiled.forward(widened(p), True)
+    do, dlse = random_like(*saved[:2])
+    first = triton.backward(p, do, dlse, *saved)
+    again = triton.backward(p, do, dlse, *saved) if dropout else first
+    exact = tiled.backward(widened(p), *double(do, dlse), *saved64)
+    flat = lambda g: [g.q, g.k, g.v, *g.params, g.sinks]
+    for x, same, y in zip(flat(first), flat(again), flat(exact), strict=True):
+        assert torch.equal(x, same)
+        largest, relative = errors(x, y)
+        assert relative < LIMIT[dtype] * (10 if x.ndim < 4 else 1) or largest < 1e-5, (x.shape, relative)
+
+
+@split
+def test_split_tangents(mask, score, dtype, dropout, dims):
+    p = split_call(mask, score, dtype, dropout, dims)
+    q, k, v, sinks, *params = random_like(p.q, p.k, p.v, p.sinks, *p.params)
+    assert_tangents(p, Tangents(q, k, v, params, sinks), True)
+
+
+@split
+def test_split_tangents_of_tangents(mask, score, dtype, dropout, dims):
+    p = split_call(mask, score, dtype, dropout, dims)
+    q, k, v, sinks, *params = random_like(p.q, p.k, p.v, p.sinks, *p.params)
+    one, two = Tangents(q, k, v, params, sinks), Tangents(-q, 2 * k, v, params, sinks)
+    t = ThreeTangents(one, two, one)
+    saved, saved64 = triton.forward(p, True), tiled.forward(widened(p), True)
+    along = [triton.forward_jvp(p, x, *saved)[1] for x in t[:2]]
+    along64 = [tiled.forward_jvp(widened(p), wide(x), *saved64)[1] for x in t[:2]]
+    ours = triton.forward_jvp2(p, t, *saved, *along)
+    again = triton.forward_jvp2(p, t, *saved, *along) if dropout else ours
+    exact = tiled.forward_jvp2(widened(p), ThreeTangents(*map(wide, t)), *saved64, *along64)
+    for name, x, same, y in zip(("out", "lse"), ours, again, exact, strict=True):
+        assert torch.equal(x, same), name
+        largest, relative = errors(x, y)
+        assert relative < LIMIT[dtype] * (10 if name == "lse" else 2) or largest < 1e-5, (name, relative)
