@@ -66,7 +66,7 @@ def settled(p: Problem, name: str | None) -> Problem:
 
 
 def _hopper(p: Problem) -> Problem:
-    """p, which asks for that backend by name: nothing else chooses it as long as nobody has measured it."""
+    """p, which asks for that backend by name: nothing else chooses it."""
     if reasons := [*_against_hopper(*facts(p)), *misfits(p)]:
         raise ValueError(f'backend="hopper" cannot run this call: {"; ".join(reasons)}')
     return p
@@ -74,10 +74,7 @@ def _hopper(p: Problem) -> Problem:
 
 @compat.constant_in_graphs
 def _against_hopper(*facts: Any) -> tuple[str, ...]:
-    reasons = verbs("hopper").refusals(*facts)
-    if not reasons:
-        verbs("hopper").warn_unmeasured()
-    return reasons
+    return verbs("hopper").refusals(*facts)
 
 
 @compat.constant_in_graphs

@@ -32,7 +32,7 @@ def place(coords, b, h, q_idx, k_idx, size, n_b, FLAGS: tl.constexpr):
     if not FLAGS[4]:
         h_at += coords[1]
     q_at = coordinate(coords, 2, b, q_idx, size[4], FLAGS)
-    k_at = coordinate(coords, 3, b, k_idx, size[5], FLAGS)
+    k_at = coordinate(coords, 3, b, k_idx, coords[3], FLAGS)  # size[5], of which the compiler knows if it is a multiple of 16
     return b_at, h_at, q_at, k_at, b, h
 
 

@@ -2,11 +2,11 @@
 
 tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]; a
 fifth number, where the head_dim is split, says how many of its columns a program holds at once (kernels/tiles.py). Under
-"<kernel>, chain" stands what a nonlinear score wants instead, under "<kernel>, heavy" what dropout and predicates want:
-they need registers that a larger tile would take. "hopper forward" and the like are the kernels for sm_90 alone
-(kernels/hopper). What does not fit an architecture has no entry. An architecture without
+"<kernel>, chain" stands what a nonlinear score or a dense bias wants instead, under "<kernel>, heavy" what dropout and
+predicates want: they need registers that a larger tile would take. "hopper forward" and the like are the kernels for
+sm_90 alone (kernels/hopper). What does not fit an architecture has no entry. An architecture without
 a table takes the nearest older one of its maker. The values were chosen by what the compiler reports (no local memory in a
-loop, shared memory that fits); none has been timed yet.
+loop, shared memory that fits); no table was tuned on a card yet.
 """
 
 import functools

@@ -83,8 +83,12 @@ def middle_tile(walk, FLAGS: tl.constexpr, BLOCK: tl.constexpr):
 def key_tile(step, run, rows, call, FLAGS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """(first key, keys, place [BLOCK_Q, BLOCK_K]) of the tile at a step of a run over keys."""
     k0 = first_index(step, run, FLAGS, BLOCK, MASKED)
-    k_idx = k0 + tl.arange(0, BLOCK)
-    near = tl.minimum(k_idx, call[1][1] - 1)
+    if MASKED:
+        k_idx = k0 + tl.arange(0, BLOCK)
+        near = tl.minimum(k_idx, call[1][1] - 1)
+    else:  # all of them exist, which the compiler needs to know for wide loads along the keys
+        k_idx = tl.max_contiguous(tl.multiple_of(k0 + tl.arange(0, BLOCK), BLOCK), BLOCK)
+        near = k_idx
     return k0, k_idx, place(call[0][1], rows[3], rows[4], rows[0][:, None], near[None, :], call[1], call[2], FLAGS)
 
 
@@ -101,7 +105,9 @@ def query_tile(step, run, columns, call, FLAGS: tl.constexpr, BLOCK: tl.constexp
     """(first row, rows, place [BLOCK_K, BLOCK_Q]) of the tile at a step of a run over rows."""
     q0 = first_index(step, run, FLAGS, BLOCK, MASKED)
     q_idx = q0 + tl.arange(0, BLOCK)
-    near, near_k = tl.minimum(q_idx, call[1][0] - 1), tl.minimum(columns[0], call[1][1] - 1)
+    near, near_k = q_idx, columns[0]
+    if MASKED:
+        near, near_k = tl.minimum(q_idx, call[1][0] - 1), tl.minimum(columns[0], call[1][1] - 1)
     return q0, q_idx, place(call[0][1], columns[2], columns[3], near[None, :], near_k[:, None], call[1], call[2], FLAGS)
 
 

@@ -22,6 +22,7 @@ from fastattn.bench import (
     page,
     passes,
     plot,
+    rates,
     report,
     revisions,
     roof,
@@ -339,6 +340,12 @@ def test_verdicts():
     shown = next(t for t in targets.targets() if t.bound is None)
     assert targets.Row(shown, times(1.0, 1.0), times(0.1, 0.1), None).verdict == ""
     assert "missed" in table.targets([row])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_rates_need_a_gpu(capsys):
+    assert rates.main(["triton"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 @linux

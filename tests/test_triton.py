@@ -12,7 +12,7 @@ import torch
 
 import fastattn as fa
 from fastattn import dispatch, functional
-from fastattn.backends import triton_call
+from fastattn.backends import triton, triton_call
 from fastattn.backends.triton_call import PAD
 from fastattn.devtools import offline, tune
 from fastattn.kernels import launch, shim
@@ -193,6 +193,33 @@ def test_explain_names_the_tile_and_that_nobody_measured_it(monkeypatch):
     plan = dispatch.plan(call(score=fa.Softcap(2.0)))
     assert (plan.backend, plan.reasons) == ("triton", ())
     assert "tiles of 16 x 32, 4 warps, 2 stages (unmeasured on sm_89, with the tiles of sm_86)" in plan.kernel
+
+
+@needs_compiler
+def test_explain_tells_what_was_timed_from_what_was_not(monkeypatch):
+    monkeypatch.setattr(triton_call, "architecture", lambda device: "sm_90")
+    timed = lambda **options: "timed on an H200" in triton.description(offline.example(n=64, **options))
+    assert timed(head_dim=64, dtype=torch.bfloat16, mask=fa.Causal())
+    assert timed(head_dim=128, dtype=torch.bfloat16, mask=fa.Full())
+    assert not timed(head_dim=64, dtype=torch.float16, mask=fa.Causal())
+    assert not timed(head_dim=96, dtype=torch.bfloat16, mask=fa.Causal())
+    assert not timed(head_dim=64, dtype=torch.bfloat16, mask=fa.SlidingWindow(9, 0))
+    assert not timed(head_dim=64, dtype=torch.bfloat16, mask=fa.Causal(), chain=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkdv"])
+def test_a_bias_is_read_in_wide_loads(kernel, tmp_path, monkeypatch):
+    """Where the tensor has all coordinates, full tiles are; the tiles at the edges and clamped coordinates go one by one."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    narrow = {}
+    for name, coords in (("inside", None), ("clamped", fa.Coordinates(q=torch.arange(64)[None]))):
+        q = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16)
+        score = fa.Bias(torch.zeros(2, 64, 64, dtype=torch.bfloat16))
+        p = functional.problem(q, q, q, None, (score,), None, None, 0.0, "tiled", None, coords)
+        (one,) = (x for x in offline.recorded(p, "sm_90") if x.kernel.__name__ == kernel)
+        narrow[name] = offline.compiled(one, "sm_90").asm["ptx"].count("ld.global.b16")
+    assert 0 < 2 * narrow["inside"] <= narrow["clamped"]
 
 
 # Tuning

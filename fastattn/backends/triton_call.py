@@ -65,7 +65,7 @@ def prepare(p: Problem) -> Call:
     """The arguments that every kernel of p takes."""
     mask, span_flags, predicates, spans, start, stop = _mask_args(p)
     coords, coord_flags, q_at, k_at = _coord_args(p)
-    chain = tuple((isinstance(score, Pointwise), *_functions(score)) for score in p.scores)
+    chain = tuple((isinstance(score, Pointwise), *_functions(score, p)) for score in p.scores)
     dropout, dropout_flags = _dropout_args(p, coord_flags, k_at)
     operands = reachable(p.q), reachable(p.k), reachable(p.v)
     dims = (p.q.shape[3], padded(p.q.shape[3]), p.v_dim, padded(p.v_dim))
@@ -77,8 +77,12 @@ def prepare(p: Problem) -> Call:
     )  # fmt: skip
 
 
-def _functions(score: Score) -> tuple[Any, ...]:
-    functions = score.device_functions()
+def _functions(score: Score, p: Problem) -> tuple[Any, ...]:
+    q_at, k_at = p.coords.q, p.coords.k
+    if isinstance(q_at, int) and isinstance(k_at, int):
+        functions = score.device_functions_within(range(q_at, q_at + p.n_q), range(k_at, k_at + p.n_k))
+    else:
+        functions = score.device_functions()
     assert functions is not None
     return functions
 
@@ -132,8 +136,7 @@ def _coord_args(p: Problem) -> tuple[tuple[Any, ...], tuple[int, ...], int, int]
             parts.append(int(x))
     flags = tuple(int(isinstance(x, tuple)) for x in parts)
     q_at, k_at = (0 if tensor else x for x, tensor in zip(parts[2:], flags[2:], strict=True))
-    for i in (2, 3):
-        parts[i] = parts[i] if flags[i] else 0
+    parts[2] = parts[2] if flags[2] else 0
     return tuple(parts), flags, q_at, k_at
 
 

@@ -111,6 +111,10 @@ class Score:
         """
         return None
 
+    def device_functions_within(self, q: range, k: range) -> tuple[Any, ...] | None:
+        """`device_functions` of a call whose rows and keys have these coordinates; they may be faster."""
+        return self.device_functions()
+
     def device_args(self) -> tuple[Any, ...]:
         """`args` of the Triton functions: tensors, ints and floats, in nested tuples."""
         return (*self.params, *self.ints, *self.floats)

@@ -77,6 +77,13 @@ class Bias(Additive, built_in="bias"):
 
         return (scores.bias,)
 
+    def device_functions_within(self, q: range, k: range) -> tuple[Any, ...]:
+        from ..kernels import scores
+
+        sizes = self.params[0].shape[2:]
+        inside = all(n == 1 or 0 <= x.start <= x.stop <= n for n, x in zip(sizes, (q, k), strict=True))
+        return (scores.bias_inside if inside else scores.bias,)
+
     def device_args(self) -> tuple[Any, ...]:
         bias = self.params[0]
         rows, keys = bias.shape[2:]
