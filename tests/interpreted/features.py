@@ -1,6 +1,7 @@
 """Single promises of the kernels: dropout's bits, coordinates, memory, repeatability, exactness."""
 
 import dataclasses
+import itertools
 import json
 import time
 
@@ -283,8 +284,8 @@ def test_a_bias_of_minus_infinity_hides():
     assert_grads(gradients(p)._replace(params=[]), gradients(same), **BAR)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_no_row_sees_may_hold_anything(bad):
+def test_what_no_row_sees_may_hold_anything():
+    """NaN in one key and infinity in the next."""
     masks = {
         "lengths": fa.Lengths(torch.tensor([50])),
         "left padding": fa.Padding(torch.arange(113)[None] >= 61, "left"),
@@ -295,7 +296,8 @@ def test_what_no_row_sees_may_hold_anything(bad):
         hidden = ~mask.to_dense(47, 113).any(2).view(-1)
         clean = problem(q, k, v, mask)
         k, v = k.clone(), v.clone()
-        k[:, :, hidden.to(DEVICE)] = v[:, :, hidden.to(DEVICE)] = bad
+        for at, bad in zip(hidden.nonzero().flatten().tolist(), itertools.cycle((torch.nan, torch.inf))):
+            k[:, :, at] = v[:, :, at] = bad
         dirty = problem(q, k, v, mask)
         assert torch.equal(triton.forward(clean, False)[0], triton.forward(dirty, False)[0])
         for a, b in zip(gradients(clean)[:3], gradients(dirty)[:3], strict=True):  # the mean key may differ
@@ -330,10 +332,10 @@ def test_repeats_bit_for_bit_and_writes_everything(dtype, monkeypatch):
         return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    q, k, v = qkv(n_b=2, n_h=4, n_q=21, n_k=35, head_dim=19, v_dim=7, dtype=dtype, strided=True)
-    chain = cases.SCORES["chain"](2, 4, 21, 35, dtype)
+    q, k, v = qkv(n_b=2, n_h=2, n_q=21, n_k=35, head_dim=19, v_dim=7, dtype=dtype, strided=True)
+    chain = cases.SCORES["chain"](2, 2, 21, 35, dtype)
     chain = tuple(s.with_params(tuple(x.detach().to(DEVICE) for x in s.params)) for s in chain)
-    p = problem(q, k, v, MASKS["sinks_window"](2, 4, 21, 35), chain, torch.ones(4, device=DEVICE), 0.2)
+    p = problem(q, k, v, MASKS["sinks_window"](2, 2, 21, 35), chain, torch.ones(2, device=DEVICE), 0.2)
     first, *again = (
         [*triton.forward(p, True), *(g := gradients(p))[:3], *g.params, g.sinks] for _ in range(250 if DEVICE == "cuda" else 2)
     )
