@@ -39,7 +39,7 @@ OVERLAYS := .overlays/ttsem/stamp-3.8.0-0.1.0 .overlays/triton36/stamp-3.6.0 .ov
 .PHONY: help bench test lint clean
 
 help:
-	@echo "make bench   errors against float64 and times beside torch's attention, then a small GPT trained twice (some minutes)"
+	@echo "make bench   errors against float64 and times beside torch's attention, then a small GPT trained twice (about three minutes)"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff and mypy"
 
