@@ -163,7 +163,7 @@ def _row(suite: str, cell: Cell, found: Check, x: Inputs, seconds: float, bound:
             if peer.compiles:
                 call()
         except Exception as raised:
-            row.reasons[peer.name] = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+            row.reasons[peer.name] = checks.failure(raised)
         else:
             calls[peer.name] = call
     if OURS.name in calls:

@@ -89,10 +89,15 @@ def check(cell: Cell, device: str, compiled: bool, sized: bool) -> Check:
             try:
                 reason = _judge(peer, w, x, direction, exact, sized, found)
             except Exception as raised:  # a peer's failure is a cell of the table
-                reason = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
+                reason = failure(raised)
         if reason is not None:
             found.reasons[peer.name] = reason
     return found
+
+
+def failure(raised: Exception) -> str:
+    """An exception as a reason."""
+    return f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:160]}"
 
 
 def call(peer: Peer, w: Workload, x: Inputs, direction: str) -> Callable[[], Any]:
