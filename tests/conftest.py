@@ -1,5 +1,7 @@
 """The suites that take minutes begin first: several workers fill in the rest around them, and none is left alone at the end."""
 
+import os
+
 LONG = (
     "test_suite_in_the_interpreter",
     "test_suite_under_ttsem",
@@ -7,6 +9,13 @@ LONG = (
     "test_other_tritons_compile_it",
     "test_the_oldest_triton_compiles_everything",
 )
+
+
+def pytest_configure():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter
+
+        interpreter.install()
 
 
 def pytest_collection_modifyitems(items):
