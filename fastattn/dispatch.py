@@ -13,7 +13,7 @@ import torch
 from . import compat
 from .backends import pieces, tiled
 from .backends.facts import facts
-from .backends.hopper_fit import misfits
+from .backends.hopper_fit import misfits, preferred
 from .problem import Problem
 
 BACKENDS = ("tiled", "triton", "hopper")
@@ -57,6 +57,8 @@ def settled(p: Problem, name: str | None) -> Problem:
             'attention on cuda tensors runs Triton kernels, and triton is not installed: pip install "fastattn[triton]". '
             'backend="tiled" works without it, as torch operations'
         )
+    if name is None and preferred(p) and not _misfits_of_hopper(p):
+        return dataclasses.replace(p, backend="hopper")
     reasons = _against_triton(*facts(p))
     if not reasons:
         return p
@@ -66,10 +68,14 @@ def settled(p: Problem, name: str | None) -> Problem:
 
 
 def _hopper(p: Problem) -> Problem:
-    """p, which asks for that backend by name: nothing else chooses it."""
-    if reasons := [*_against_hopper(*facts(p)), *misfits(p)]:
+    """p, which asks for that backend by name."""
+    if reasons := _misfits_of_hopper(p):
         raise ValueError(f'backend="hopper" cannot run this call: {"; ".join(reasons)}')
     return p
+
+
+def _misfits_of_hopper(p: Problem) -> list[str]:
+    return [*_against_hopper(*facts(p)), *misfits(p)]
 
 
 @compat.constant_in_graphs

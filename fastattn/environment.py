@@ -55,7 +55,7 @@ def _triton() -> str:
 def _hopper() -> str:
     if version("triton") is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return "needs triton and a GPU of architecture sm_90"
-    return 'available by name, backend="hopper": a warp-specialised forward'
+    return "available: a warp-specialised forward, the default of plain and causal calls with long sequences"
 
 
 def _cpu() -> str:

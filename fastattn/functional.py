@@ -63,7 +63,7 @@ def attention(
         dropout_p: in [0, 1); applied to the weights whatever the module's mode. The seed comes from torch's generator.
         return_lse: also return the log of every row's denominator.
         backend: None (Triton kernels on cuda, tiles of torch operations elsewhere), "triton", "tiled", "reference", or
-            "hopper": kernels for sm_90, which nothing chooses by itself.
+            "hopper": kernels for sm_90, which None takes where they were timed (`explain` says it).
         deterministic: None and True give bitwise repeatable results; False permits faster ones that are not.
             "batch_invariant": a row's result and gradients also have the same bits whatever stands beside its document:
             other batch entries, other documents, padding. Slower, and it waits for the device: docs/numerics.md.

@@ -309,15 +309,36 @@ def test_another_architecture_is_refused(on_sm_90, monkeypatch):
 
 
 @needs_compiler
-def test_it_runs_by_name_and_is_never_chosen(on_sm_90, simulated):
+def test_it_runs_by_name(on_sm_90, simulated):
     q = torch.randn(1, 2, 130, 64).bfloat16()
     out, lse = fa.attention(q, q, q, mask=fa.Causal(), backend="hopper", return_lse=True)
     assert torch.equal(out, fa.attention(q, q, q, mask=fa.Causal(), backend="hopper"))
     truth, true_lse = fa.attention(q.double(), q.double(), q.double(), mask=fa.Causal(), return_lse=True)
     assert_within(out, truth, [truth.to(out.dtype)], 2, "out")
     assert_within(lse, true_lse, [true_lse.float()], 2, "lse")
-    assert dispatch.choose(None, torch.device("cuda")) == "triton"
-    assert dispatch.choose(None, torch.device("cpu")) == "tiled"
+
+
+@needs_compiler
+def test_long_plain_calls_come_here_unasked(on_sm_90, monkeypatch):
+    """What was timed, and nothing beside it: a length, a mask, a score, a dtype or a promise that nobody has timed."""
+
+    def chosen(mask="causal", score="none", n_q=2048, n_k=2048, head_dim=64, v_dim=64, name=None, sinks=False, **changes):
+        p = problem(mask, score, (1, 2, 1, n_q, n_k, head_dim, v_dim), sinks=sinks, deterministic=True)
+        p = dataclasses.replace(p, **changes)
+        monkeypatch.setattr(dispatch, "_against_triton", lambda *facts: ())
+        return dispatch.settled(dataclasses.replace(p, backend="triton"), name).backend
+
+    assert chosen() == chosen("full") == chosen(head_dim=128, v_dim=128) == chosen("full", n_k=5000) == "hopper"
+    others = (
+        dict(n_q=2047), dict(n_k=2047), dict(mask="window"), dict(score="softcap"), dict(head_dim=128),
+        dict(head_dim=96, v_dim=96),
+        dict(sinks=True), dict(deterministic=False), dict(invariant=True), dict(dropout_p=0.1, rng=torch.zeros(1, 2)),
+        dict(scale=-1.0), dict(name="triton"), dict(q=torch.zeros(1, 2, 2048, 65, dtype=torch.bfloat16)[..., :64]),
+    )  # fmt: skip
+    for changes in others:
+        assert chosen(**changes) == "triton", changes
+    monkeypatch.setattr(triton_call, "architecture", lambda device: "sm_100")
+    assert chosen() == "triton"
 
 
 @needs_compiler
@@ -380,7 +401,7 @@ def test_explain_says_which_kernel_runs_what(on_sm_90):
 def test_explain_names_it_beside_the_portable_kernels(on_sm_90):
     p = dataclasses.replace(problem("causal", "none", (1, 1, 1, 4, 4, 64, 64)), backend="triton")
     (found,) = (why for what, why in dispatch.plan(p).reasons if what == "hopper")
-    assert found.startswith('only where it is named, backend="hopper": 1.3 to 1.6 times')
+    assert found.startswith('only where it is named, backend="hopper"; by default it takes plain and causal calls')
     (found,) = (why for what, why in dispatch.plan(dataclasses.replace(p, scale=-1.0)).reasons if what == "hopper")
     assert found == "the scale must be positive, not -1.0"
 

@@ -22,6 +22,7 @@ from ..scores import Additive, Pointwise, Score
 from ..scores.base import on_device_too
 from . import blocked, triton_call
 from .facts import facts
+from .hopper_fit import timed
 from .operands import sink_weight, sum_rows_like
 from .triton_call import Call, cdiv, column_grid, config, on_device, row_grid, strides_of
 from .triton_params import param_grads, params_by_torch
@@ -87,19 +88,13 @@ def description(p: Problem) -> str:
         arch, note = "interpreter", "Triton's interpreter: for tests"
     else:
         arch = triton_call.architecture(p.q.device)
-        known = "timed on an H200: docs/benchmarks.md" if _timed(p, arch) else f"unmeasured on {arch}"
+        known = "timed on an H200: docs/benchmarks.md" if arch == "sm_90" and timed(p) else f"unmeasured on {arch}"
         note = known + ("" if table_of(arch) == arch else f", with the tiles of {table_of(arch)}")
     how = config(p, "forward")
     tile = f"{how.block_q} x {how.block_k}, {how.num_warps} warps, {how.num_stages} stages"
     dense = any(isinstance(x, DensePredicate) for x in p.mask.predicates)
     skipping = "; a map of the bool mask, made on the device, says which tiles are empty, full or mixed" if dense else ""
     return f"fused Triton kernel, tiles of {tile} ({note}){skipping}"
-
-
-def _timed(p: Problem, arch: str) -> bool:
-    """Whether somebody has measured calls like p on that architecture."""
-    plain = not p.scores and p.sinks is None and p.dropout_p == 0.0 and (p.mask.is_full or p.mask.is_causal)
-    return plain and arch == "sm_90" and p.q.dtype == torch.bfloat16 and (p.q.shape[3], p.v_dim) in ((64, 64), (128, 128))
 
 
 # Forward
