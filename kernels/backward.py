@@ -52,12 +52,31 @@ def weights(x, lse2, at, scale, scores, SCORES: tl.constexpr, first: tl.constexp
 
 
 @jit
+def add_up(x, k_idx, sums, MASKED: tl.constexpr):
+    """Add a tile of x to what earlier entries left there, and write it: in its own dtype behind the last of them.
+
+    sums: the address of the first row's sums, that in float32 where several entries share a sum or None, their row stride,
+    which rows exist, whether there are earlier entries, whether there are later ones.
+    """
+    inside = sums[3][:, None]
+    if MASKED:  # a tile's first key is a multiple of its size; a row stride says of the number of keys what there is to know
+        k_idx = tl.max_contiguous(tl.multiple_of(k_idx, x.shape[1]), x.shape[1])
+        inside = inside & (k_idx < sums[2])[None, :]
+    at = tl.arange(0, x.shape[0])[:, None] * sums[2] + k_idx[None, :]
+    if sums[1] is not None:
+        x += tl.load(sums[1] + at, mask=inside & sums[4], other=0.0)
+        tl.store(sums[1] + at, x, mask=inside & sums[5])
+        inside = inside & (sums[5] == 0)
+    tl.store(sums[0] + at, rounded(x, sums[0].dtype.element_ty), mask=inside)
+
+
+@jit
 def dq_tiles(
-    dq, total, q, do, lse2, delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS: tl.constexpr,
+    dq, total, q, do, lse2, delta, k, v, strides, walk, rows, first, last, scale, call, sums, FLAGS: tl.constexpr,
     PREDICATES: tl.constexpr, SCORES: tl.constexpr, DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
     ZERO_SUM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq += x k, and the row sums of x as it was rounded, over one run of a walk."""
+    """dq += x k, and the row sums of x as it was rounded, over one run of a walk; x itself goes to `sums`, if there are any."""
     BLOCK_K: tl.constexpr = BLOCKS[1]
     data, size = call[0], call[1]
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
@@ -78,6 +97,8 @@ def dq_tiles(
             x = tl.where(seen, x, 0.0)
             if len(PREDICATES) > 0:
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
+        if len(sums) > 0:
+            add_up(x, k_idx, sums, MASKED)
         x = rounded(x, k_tile.dtype)
         dq = dot_add(x, k_tile, dq, PRECISION)
         if ZERO_SUM:
@@ -87,11 +108,49 @@ def dq_tiles(
 
 @kernel
 def backward_dq(
-    q, k, v, do, lse2, delta, dlse, sinks, dq_out, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b, n_pad,
-    FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
+    q, k, v, do, lse2, delta, dlse, sinks, dq_out, grads, data, strides, scale, n_q, n_k, start, stop, q_at, k_at, n_h, n_b,
+    n_pad, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ZERO_SUM: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries. strides: q, k, v, do, dq, sinks (entry, head).
+
+    grads: () or, for the gradient of a dense bias where every tile is visited once (one span, no Pointwise), (the gradient
+    (B|1, H, n_q, n_k), None or float32 like it, row stride of both, B). With the second all entries share a sum, and a program
+    has the tile of all.
+    """
+    BLOCK_Q: tl.constexpr = BLOCKS[0]
+    size = (n_q, n_k, start, stop, q_at, k_at)
+    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
+    if len(grads) == 0:
+        dq_rows(
+            q, k, v, do, lse2, delta, dlse, sinks, dq_out, (), (data, size, n_b), strides, scale, q0, b, h, n_h, n_pad, FLAGS,
+            PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION, ZERO_SUM,
+        )  # fmt: skip
+    else:
+        q_idx = q0 + tl.arange(0, BLOCK_Q)
+        own = ((b * n_h + h) * n_q + q0) * grads[2]
+        if grads[1] is None:
+            sums = (grads[0] + own, None, grads[2], q_idx < n_q, False, False)
+            dq_rows(
+                q, k, v, do, lse2, delta, dlse, sinks, dq_out, sums, (data, size, n_b), strides, scale, q0, b, h, n_h, n_pad,
+                FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION, ZERO_SUM,
+            )  # fmt: skip
+        else:
+            for entry in tl.range(0, grads[3], num_stages=1):
+                sums = (grads[0] + own, grads[1] + own, grads[2], q_idx < n_q, entry > 0, entry + 1 < grads[3])
+                dq_rows(
+                    q, k, v, do, lse2, delta, dlse, sinks, dq_out, sums, (data, size, n_b), strides, scale, q0, b + entry, h,
+                    n_h, n_pad, FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION, ZERO_SUM,
+                )  # fmt: skip
+
+
+@jit
+def dq_rows(
+    q, k, v, do, lse2, delta, dlse, sinks, dq_out, sums, call, strides, scale, q0, b, h, n_h, n_pad, FLAGS: tl.constexpr,
+    PREDICATES: tl.constexpr, SCORES: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr, DIMS: tl.constexpr,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr, ZERO_SUM: tl.constexpr,
+):  # fmt: skip
+    """dq of the rows from q0 on. sums: `add_up`, or ().
 
     ZERO_SUM: the exact row sum of g is delta pi + dlse, pi the sink's share; what rounding made of it is taken off the
     direction in which it does harm, a mean of the row's keys. Right for any such mean, and only without a Pointwise.
@@ -99,9 +158,8 @@ def backward_dq(
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     BLOCK_K: tl.constexpr = BLOCKS[1]
     HEAD_DIM: tl.constexpr = DIMS[1]
-    size = (n_q, n_k, start, stop, q_at, k_at)
-    call = (data, size, n_b)
-    q0, b, h = program_tile(n_q, n_h, BLOCK_Q, True)
+    data, size = call[0], call[1]
+    n_q = size[0]
     q_idx = q0 + tl.arange(0, BLOCK_Q)
     ok = q_idx < n_q
     near = tl.minimum(q_idx, n_q - 1)
@@ -122,12 +180,12 @@ def backward_dq(
             if some:
                 reference = mean_row(k, middle, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1])
         dq, total = dq_tiles(
-            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS,
-            PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, False,
+            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, sums,
+            FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, False,
         )  # fmt: skip
         dq, total = dq_tiles(
-            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, FLAGS,
-            PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, True,
+            dq, total, q_tile, do_tile, row_lse, row_delta, k, v, strides, walk, rows, first, last, scale, call, sums,
+            FLAGS, PREDICATES, SCORES, DIMS, BLOCKS, PRECISION, ZERO_SUM, True,
         )  # fmt: skip
     if ZERO_SUM:
         if dlse is not None:

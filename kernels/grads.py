@@ -16,7 +16,7 @@ from .dropout import kept
 from .masks import predicates, row_spans
 from .shim import jit, kernel, tl
 from .tangents import crossed, tangent_tile
-from .tiles import dot_rows, dot_rows_add, head_of, load_rows
+from .tiles import dot_rows, dot_rows_add, head_of, load_rows, rounded
 
 PART = tl.constexpr(8)  # tiles of rows that a program goes over, whose sums are a table's
 
@@ -73,15 +73,21 @@ def gradient_tile(
     q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved, FLAGS: tl.constexpr,
     PREDICATES: tl.constexpr, SCORES: tl.constexpr, PUSHED: tl.constexpr, GROUP: tl.constexpr, SPANS: tl.constexpr,
     DIMS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr, BEHIND: tl.constexpr, WEIGHT: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """g behind modifier BEHIND - 1 of one tile, or its tangent, times WEIGHT; 0 where no row sees a key. # [BLOCK_Q, BLOCK_K]
 
-    row: where the statistics of the head begin.
+    row: where the statistics of the head begin. RAGGED: some of the tile's rows or keys do not exist.
     """
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    q_idx, k_idx = q0 + tl.arange(0, BLOCK_Q), k0 + tl.arange(0, BLOCK_K)
-    near_q, near_k = tl.minimum(q_idx, size[0] - 1)[:, None], tl.minimum(k_idx, size[1] - 1)[None, :]
+    q_idx = q0 + tl.arange(0, BLOCK_Q)
+    if RAGGED:
+        k_idx = k0 + tl.arange(0, BLOCK_K)
+        near_q, near_k = tl.minimum(q_idx, size[0] - 1)[:, None], tl.minimum(k_idx, size[1] - 1)[None, :]
+    else:  # which the compiler needs to know for wide loads along the keys
+        k_idx = tl.max_contiguous(tl.multiple_of(k0 + tl.arange(0, BLOCK_K), BLOCK_K), BLOCK_K)
+        near_q, near_k = q_idx[:, None], k_idx[None, :]
     at = place(data[1], b, h, near_q, near_k, size, n_b, FLAGS)
     seen = tl.zeros([BLOCK_Q, BLOCK_K], tl.int1)
     for r in tl.static_range(SPANS):
@@ -97,13 +103,13 @@ def gradient_tile(
     if some:
         if hides:
             seen = predicates(seen, data[0], at, near_q, near_k, PREDICATES)
-        q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], True)
+        q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], RAGGED)
         k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
-        k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], True)
+        k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], RAGGED)
         product = dot_rows(q_tile, k_tile, DIMS[0], DIMS[1], PRECISION)
         row_lse, row_delta = tl.load(lse2 + row + q_idx)[:, None], tl.load(delta + row + q_idx)[:, None]
-        do_tile = load_rows(head_of(do, b, h, strides[3]), q0, strides[3], 0, size[0], BLOCK_Q, DIMS[2], DIMS[3], True)
-        v_tile = load_rows(v_head, k0, strides[2], 0, size[1], BLOCK_K, DIMS[2], DIMS[3], True)
+        do_tile = load_rows(head_of(do, b, h, strides[3]), q0, strides[3], 0, size[0], BLOCK_Q, DIMS[2], DIMS[3], RAGGED)
+        v_tile = load_rows(v_head, k0, strides[2], 0, size[1], BLOCK_K, DIMS[2], DIMS[3], RAGGED)
         dp = dot_rows(do_tile, v_tile, DIMS[2], DIMS[3], PRECISION)
         keep = seen
         if FLAGS[7]:
@@ -146,8 +152,9 @@ def score_grads(
     BEHIND: tl.constexpr, WEIGHT: tl.constexpr, ENTRY: tl.constexpr, SHAPE: tl.constexpr, KEEP_B: tl.constexpr,
     KEEP_H: tl.constexpr,
 ):  # fmt: skip
-    """One program's sum, for one kept entry and head. grads, float32: (B|1, H|1, n_q, n_k), (B, H, n_k), (B, H, n_q), or
-    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K) or, for n_table entries, (B|1, H|1, parts of the rows, n_table). strides: q, k, v, do.
+    """One program's sum, for one kept entry and head. grads: (B|1, H|1, n_q, n_k), (B, H, n_k), (B, H, n_q), or
+    (B|1, H|1, tiles, BLOCK_Q, BLOCK_K) or, for n_table entries, (B|1, H|1, parts of the rows, n_table); float32, the first in
+    any dtype. strides: q, k, v, do.
     entries: how many there are, B. moved and PUSHED: () for the gradient; for its tangent moved is ((tq, tk, tv, tdo), their
     strides, tlse, tdelta, tscores)."""
     BLOCK_Q: tl.constexpr = BLOCKS[0]
@@ -187,19 +194,25 @@ def score_grads(
                 if tl.max(tl.max(own.to(tl.int32), 1), 0) > 0:
                     g = gradient_tile(
                         q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved,
-                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT,
+                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, True,
                     )  # fmt: skip
                     total = add_by_entry(total, g, entry, first_entry, BLOCK_K)
             else:
-                total += gradient_tile(
-                    q, k, v, do, lse2, delta, strides, first_row + step * row_step, first_key + step * key_step, b, h, row,
-                    scale, size, n_b, data, weight_args, moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS,
-                    BLOCKS, PRECISION, BEHIND, WEIGHT,
-                )  # fmt: skip
+                q0, k0 = first_row + step * row_step, first_key + step * key_step
+                if (q0 + BLOCK_Q <= n_q) & (k0 + BLOCK_K <= n_k):
+                    total += gradient_tile(
+                        q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved,
+                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, False,
+                    )  # fmt: skip
+                else:
+                    total += gradient_tile(
+                        q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved,
+                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, True,
+                    )  # fmt: skip
     q_idx, k_idx = first_row + tl.arange(0, BLOCK_Q), first_key + tl.arange(0, BLOCK_K)
     if SHAPE == "tile":
         to = grads + kept_head * n_q * n_k + q_idx.to(tl.int64)[:, None] * n_k + k_idx[None, :]
-        tl.store(to, total, mask=(q_idx < n_q)[:, None] & (k_idx < n_k)[None, :])
+        tl.store(to, rounded(total, grads.dtype.element_ty), mask=(q_idx < n_q)[:, None] & (k_idx < n_k)[None, :])
     elif SHAPE == "keys":
         tl.store(grads + kept_head * n_k + k_idx, tl.sum(total, 0), mask=k_idx < n_k)
     elif SHAPE == "rows":

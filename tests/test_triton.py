@@ -208,18 +208,35 @@ def test_explain_tells_what_was_timed_from_what_was_not(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkdv"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_dq", "backward_dkdv", "score_grads"])
 def test_a_bias_is_read_in_wide_loads(kernel, tmp_path, monkeypatch):
     """Where the tensor has all coordinates, full tiles are; the tiles at the edges and clamped coordinates go one by one."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     narrow = {}
     for name, coords in (("inside", None), ("clamped", fa.Coordinates(q=torch.arange(64)[None]))):
         q = torch.zeros(1, 2, 64, 64, dtype=torch.bfloat16)
-        score = fa.Bias(torch.zeros(2, 64, 64, dtype=torch.bfloat16))
-        p = functional.problem(q, q, q, None, (score,), None, None, 0.0, "tiled", None, coords)
+        score = fa.Bias(torch.zeros(2, 64, 64, dtype=torch.bfloat16)), fa.Softcap(3.0)
+        p = functional.problem(q, q, q, None, score, None, None, 0.0, "tiled", None, coords)
         (one,) = (x for x in offline.recorded(p, "sm_90") if x.kernel.__name__ == kernel)
         narrow[name] = offline.compiled(one, "sm_90").asm["ptx"].count("ld.global.b16")
     assert 0 < 2 * narrow["inside"] <= narrow["clamped"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("n_b", [1, 2], ids=["one entry", "shared"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_gradient_of_a_bias_beside_dq_spills_nothing_in_loops(arch, n_b, head_dim):
+    """And is written in wide stores, but for tiles at the edge."""
+    q = torch.zeros(n_b, 2, 256, head_dim, dtype=torch.bfloat16)
+    score = fa.Bias(torch.zeros(2, 256, 256, dtype=torch.bfloat16))
+    p = functional.problem(q, q, q, None, (score,), None, None, 0.0, "tiled", None, None)
+    launches = {x.kernel.__name__: x for x in offline.recorded(dataclasses.replace(p, param_grads=True), arch)}
+    assert "score_grads" not in launches
+    report = offline.report(launches["backward_dq"], arch)
+    assert not report.loop_spills, report
+    ptx = offline.compiled(launches["backward_dq"], arch).asm["ptx"]
+    assert ptx.count("st.global.v4.b32") >= 2 * ptx.count("st.global.b16") // 8
 
 
 # Tuning

@@ -67,8 +67,8 @@ def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, ls
     return triton.gradients(p, do, dlse, out, lse, out_lo, passes)
 
 
-def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """dq, dk and dv by the fused kernel, and dq's scale and dtype by another."""
+def one_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor, beside: None) -> None:
+    """dq, dk and dv by the fused kernel, and dq's scale and dtype by another. It takes no bias, so there is nothing beside."""
     if min(p.q.numel(), p.k.numel(), p.v.numel()) == 0:
         for x in (dq, dk, dv):
             x.zero_()

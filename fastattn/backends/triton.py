@@ -25,7 +25,7 @@ from .facts import facts
 from .hopper_fit import timed
 from .operands import sink_weight, sum_rows_like
 from .triton_call import Call, cdiv, column_grid, config, on_device, row_grid, strides_of
-from .triton_params import param_grads, params_by_torch
+from .triton_params import Beside, beside_dq, param_grads, params_by_torch
 from .triton_rows import Statistics, statistics
 from .triton_tangents import TANGENTS, TWICE, backward_jvp, forward_jvp, forward_jvp2
 from .triton_tiles import column_pass, prepare, row_pass
@@ -131,17 +131,19 @@ def backward(
 
 def gradients(
     p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor,
-    passes: Callable[[Problem, Call, Statistics, Tensor, Tensor, Tensor], None], dtype: torch.dtype | None = None,
+    passes: Callable[..., None], dtype: torch.dtype | None = None,
 ) -> Grads:  # fmt: skip
-    """`backward`, whose dq, dk and dv `passes` fills in."""
+    """`backward`, whose dq, dk and dv `passes(p, call, rows, dq, dk, dv, beside)` fills in, and what `beside_dq` names."""
     dq, dk, dv = (empty_rows(x, tuple(x.shape), dtype) for x in (p.q, p.k, p.v))
     call, rows = prepare(p), statistics(p, do, dlse, out, lse, out_lo)
+    by_torch = params_by_torch(p) if p.params else None
+    beside = beside_dq(p, call) if p.param_grads and by_torch is None else None
     with on_device(p.q):
-        passes(p, call, rows, dq, dk, dv)
+        passes(p, call, rows, dq, dk, dv, beside)
     if not p.param_grads or not p.params:
         dparams = []
-    elif params_by_torch(p) is None:
-        dparams = param_grads(p, call, rows.do, rows.lse2, rows.delta)
+    elif by_torch is None:
+        dparams = param_grads(p, call, rows.do, rows.lse2, rows.delta, beside=beside)
     else:
         dparams = blocked.backward(p, do, dlse, out, lse, out_lo).params
     dsinks = None
@@ -150,18 +152,25 @@ def gradients(
     return Grads(dq, dk, dv, dparams, dsinks)
 
 
-def two_passes(p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+def two_passes(
+    p: Problem, call: Call, rows: Statistics, dq: Tensor, dk: Tensor, dv: Tensor, beside: Beside | None = None
+) -> None:  # fmt: skip
     """dq, then dk and dv, each sum with one owner and one order."""
-    dq_pass(p, call, rows, dq)
+    dq_pass(p, call, rows, dq, beside=beside)
     _launch_dkdv(p, call, rows, dk, dv)
 
 
-def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor) -> None:
-    """dq alone."""
-    how = config(p, "dq")
+def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor, beside: Beside | None = None) -> None:
+    """dq alone, and the gradient of a bias."""
+    shared = beside is not None and beside.partial is not None
+    how = config(p, "dq", heavy=shared)
+    programs, slices = row_grid(p, how, call.dims[0])
+    if shared:  # a program has the rows of all entries
+        programs //= p.n_b
     triton_call.run(
-        backward_kernels.backward_dq, row_grid(p, how, call.dims[0]), how, *call.operands, rows.do, rows.lse2,
-        rows.delta, rows.dlse, p.sinks, dq, row_pass(p, call, how),
+        backward_kernels.backward_dq, (programs, slices), how, *call.operands, rows.do, rows.lse2,
+        rows.delta, rows.dlse, p.sinks, dq, () if beside is None else beside.sums(p.n_b),
+        row_pass(p, call, how),
         (*call.strides, rows.do.stride(), dq.stride(), strides_of(p.sinks, 2)), p.scale, *call.ints,
         p.n_h, max(p.n_b_coords, 1), rows.delta.shape[2], call.flags, call.predicates, call.chain, p.n_h // max(p.n_kv, 1),
         call.spans, how.dims(call.dims), (how.block_q, how.block_k), call.precision,

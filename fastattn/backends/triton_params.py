@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import grads as kernels
 from ..kernels.launch import Launch
 from ..problem import Problem
-from ..scores import Additive, Score
+from ..scores import Additive, Pointwise, Score
 from ..scores.base import DeviceGradient
 from ..scores.relative import diagonal_sums
 from . import triton_call
@@ -29,6 +29,18 @@ class Moved(NamedTuple):
     tlse: Tensor  # (B, H, n_pad)
     tdelta: Tensor
     scores: tuple[Any, ...]  # arguments of every modifier at its parameters' tangents
+
+
+class Beside(NamedTuple):
+    """The gradient of a bias that the pass over dq writes as it goes."""
+
+    score: int  # index of the modifier
+    grad: Tensor  # like its parameter
+    partial: Tensor | None  # float32, where all batch entries share it and there are several
+
+    def sums(self, n_b: int) -> tuple[Any, ...]:
+        """The kernel's argument."""
+        return self.grad, self.partial, self.grad.stride(2), 0 if self.partial is None else n_b
 
 
 def params_by_torch(p: Problem) -> str | None:
@@ -64,14 +76,47 @@ def _plan(p: Problem, score: Score) -> DeviceGradient | None:
     return plan.elsewhere if plan is not None and plan.elsewhere is not None and _given(p) else plan
 
 
+def beside_dq(p: Problem, call: Call) -> Beside | None:
+    """What the pass over dq can write beside it, or None: the gradient of the first dense bias in a chain of Additives.
+
+    Its elements are then those of the tiles that dq is summed from. Every tile has to be visited once, by one program: one
+    span, no split head_dim; and with a sum over batch entries the same tiles in all of them.
+    """
+    if call.spans != 1 or any(isinstance(score, Pointwise) for score in p.scores) or not _at_zero(p, call):
+        return None
+    if min(p.n_q, p.n_k) == 0 or any(config(p, "dq", heavy).slices(call.dims[0]) > 1 for heavy in (False, True)):
+        return None
+    for i, score in enumerate(p.scores):
+        plan = _plan(p, score) if score.params else None
+        if plan is None or not plan.itself:
+            continue
+        param = score.params[0]
+        shared = p.n_b > 1 and param.shape[0] == 1
+        if tuple(param.shape[1:]) != (p.n_h, p.n_q, p.n_k) or (shared and not (p.mask.is_full or p.mask.is_causal)):
+            continue
+        make = torch.empty if p.mask.is_full else torch.zeros
+        grad = make(param.shape, dtype=param.dtype, device=p.q.device)
+        return Beside(i, grad, torch.empty(param.shape, dtype=torch.float32, device=p.q.device) if shared else None)
+    return None
+
+
+def _at_zero(p: Problem, call: Call) -> bool:
+    """Whether rows and keys stand at their indices."""
+    return not _given(p) and call.ints[4:] == (0, 0)
+
+
 def param_grads(
     p: Problem, call: Call, do: Tensor, lse2: Tensor, delta: Tensor, moved: Moved | None = None, pushed: tuple[bool, ...] = (),
+    beside: Beside | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradient of every Additive's parameter, or its tangent along `moved`."""
+    """The gradient of every Additive's parameter, but for what is there already, or its tangent along `moved`."""
     how = config(p, "grads" if moved is None else "jvp grads")
     found = []
     for i, score in enumerate(p.scores):
         if not score.params:
+            continue
+        if beside is not None and beside.score == i:
+            found.append(beside.grad)
             continue
         assert isinstance(score, Additive)
         plan = _plan(p, score)
@@ -81,7 +126,10 @@ def param_grads(
             own = how._replace(block_q=min(how.block_q, how.block_k), block_k=min(how.block_q, how.block_k))
         n_table = score.params[0].shape[-1] if plan.shape == "table" else 1
         tiles, shape = _sums(p, plan, own, n_table)
-        sums = torch.empty(shape, dtype=torch.float32, device=p.q.device)
+        q_at, k_at = (x if isinstance(x, Tensor) else n for x, n in zip((p.coords.q, p.coords.k), call.ints[4:], strict=True))
+        itself = plan.itself and _at_zero(p, call) and shape == list(score.params[0].shape)
+        dtype = score.params[0].dtype if itself else torch.float32
+        sums = torch.empty(shape, dtype=dtype, device=p.q.device)
         if sums.numel() == 0 or p.n_q == 0 or p.n_k == 0:
             found.append(torch.zeros_like(score.params[0]))
             continue
@@ -94,7 +142,6 @@ def param_grads(
                 (own.block_q, own.block_k), call.precision, i + 1, plan.weight, plan.entry, plan.shape, plan.keep_b,
                 plan.keep_h,
             )  # fmt: skip
-        q_at, k_at = (x if isinstance(x, Tensor) else n for x, n in zip((p.coords.q, p.coords.k), call.ints[4:], strict=True))
         if plan.shape == "diagonals":
             sums, q_at = _folded(sums, p.n_q, p.n_k), q_at + p.n_q - 1
         found.append(plan.finish(sums, q_at, k_at).to(score.params[0].dtype))

@@ -94,7 +94,7 @@ class Bias(Additive, built_in="bias"):
 
         n_b, n_h, rows, keys = self.params[0].shape
         if rows > 1 and keys > 1:
-            return DeviceGradient("tile", n_b > 1, n_h > 1, scores.ones, self._placed, anywhere=True)
+            return DeviceGradient("tile", n_b > 1, n_h > 1, scores.ones, self._placed, anywhere=True, itself=True)
         shape = "keys" if keys > 1 else "rows"
         return DeviceGradient(shape, True, True, scores.ones, self._placed, anywhere=True)
 
@@ -111,6 +111,8 @@ def _spread(x: Tensor, dim: int, n: int, at: int | Tensor) -> Tensor:
     """x summed into n places along dim: from `at` on, or at the places `at` (B|1, size of x), clamped to those there are."""
     if n == 1:
         return x.sum(dim, keepdim=True)
+    if isinstance(at, int) and at == 0 and n == x.shape[dim]:
+        return x
     shape = list(x.shape)
     shape[dim] = n
     if not isinstance(at, Tensor):

@@ -209,6 +209,38 @@ def test_the_gradient_of_a_table_at_scattered_coordinates(table, n_q):
     assert_grads(ours, gradients(p, tiled), atol=1e-4, rtol=2e-5)
 
 
+BESIDE = {  # mask, (batch entries of the call, of the bias), dropout, more modifiers, whether the pass over dq writes it
+    "one entry": ("full", (1, 1), 0.3, (), True),
+    "entries of their own": ("lengths", (2, 2), 0.0, ("alibi",), True),
+    "shared": ("full", (3, 1), 0.3, (), True),
+    "shared and causal": ("causal", (2, 1), 0.0, ("alibi",), True),
+    "a bool tensor": ("dense", (2, 2), 0.0, (), True),
+    "shared by a bool tensor": ("dense", (2, 1), 0.0, (), False),
+    "two spans": ("sinks_window", (1, 1), 0.0, (), False),
+    "a curve": ("full", (1, 1), 0.0, ("softcap",), False),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_bias_beside_dq(name, dtype, monkeypatch):
+    """Written by the pass over dq where every tile is visited once; tiles that nobody visits are 0."""
+    mask, (n_b, own), dropout, more, beside = BESIDE[name]
+    q, k, v = qkv(n_b=n_b, n_kv=1, n_q=43, n_k=75, dtype=dtype)
+    others = [score for key in more for score in cases.SCORES[key](n_b, 2, 43, 75, torch.float32)]
+    others = [s.with_params(tuple(x.detach().to(DEVICE) for x in s.params)) for s in others]
+    bias = fa.Bias(cases.leaf(own, 2, 43, 75, dtype=dtype).detach().to(DEVICE))
+    p = problem(q, k, v, MASKS[mask](n_b, 2, 43, 75), (*others, bias), torch.tensor([0.1, 1.0], device=DEVICE), dropout)
+    ran, real = [], triton_call.run
+    monkeypatch.setattr(triton_call, "run", lambda kernel, *args: (ran.append(kernel.__name__), real(kernel, *args)))
+    ours = gradients(p)
+    assert ran.count("score_grads") == len(others) + (not beside) - ("softcap" in more)
+    bar = dict(atol=2e-4, rtol=2e-5) if dtype == torch.float32 else dict(atol=3e-2, rtol=3e-2)
+    assert_grads(ours, gradients(p, tiled), **bar)
+    assert ours.params[-1].dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip(ours.params, gradients(p).params, strict=True))
+
+
 def test_any_strides():
     """Storage (B, H, D, L): neighbours in a row are far apart. And an expanded batch, whose stride is 0."""
     q, k, v = (x.mT.contiguous().mT for x in qkv(n_q=19, n_k=35, head_dim=20, v_dim=24))

@@ -20,10 +20,10 @@ DEVICE = "cuda"
 GRADIENTS = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}  # relative L2
 
 
-def problem(mask, score=(), dtype=torch.bfloat16, dropout=0.0, n_q=150, n_k=203, dims=(19, 8), coords=None):
+def problem(mask, score=(), dtype=torch.bfloat16, dropout=0.0, n_q=150, n_k=203, dims=(19, 8), coords=None, n_b=1):
     """Two query heads share a head of k and v; views of (B, L, H, D) storage; one sink's logit hides it."""
     torch.manual_seed(0)
-    q, k, v = (x.detach().to(DEVICE) for x in cases.tensors(1, 2, 1, n_q, n_k, *dims, dtype, strided=True))
+    q, k, v = (x.detach().to(DEVICE) for x in cases.tensors(n_b, 2, 1, n_q, n_k, *dims, dtype, strided=True))
     scores = tuple(s.with_params(tuple(x.detach().to(DEVICE) * 0.3 for x in s.params)) for s in score)
     sinks = torch.tensor([0.5, -torch.inf], device=DEVICE)
     return functional.problem(q, k, v, mask, scores, sinks, None, dropout, "triton", None, coords)
@@ -76,6 +76,13 @@ def test_everything_at_once(dtype):
     coords = fa.Coordinates(b=1, h=1, q=5, k=4)
     mask, score = MASKS["sinks_window"](1, 2, 70, 99), cases.SCORES["chain"](1, 2, 80, 110, dtype)
     check(problem(mask, score, dtype, 0.3, n_q=70, n_k=99, dims=(24, 19), coords=coords))
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_the_gradient_of_a_bias_that_entries_share(mask):
+    """Each program adds up the tiles of both entries beside dq."""
+    bias = fa.Bias(torch.randn(2, 70, 99, generator=torch.Generator().manual_seed(3)).bfloat16())
+    check(problem(MASKS[mask](2, 2, 70, 99), (bias,), n_q=70, n_k=99, n_b=2))
 
 
 def test_one_tangent():
