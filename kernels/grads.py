@@ -197,18 +197,23 @@ def score_grads(
                         FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, True,
                     )  # fmt: skip
                     total = add_by_entry(total, g, entry, first_entry, BLOCK_K)
-            else:
-                q0, k0 = first_row + step * row_step, first_key + step * key_step
-                if (q0 + BLOCK_Q <= n_q) & (k0 + BLOCK_K <= n_k):
+            elif SHAPE == "tile" and len(PUSHED) == 0:  # a bias, which full tiles read in wide loads
+                if (first_row + BLOCK_Q <= n_q) & (first_key + BLOCK_K <= n_k):
                     total += gradient_tile(
-                        q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved,
-                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, False,
+                        q, k, v, do, lse2, delta, strides, first_row, first_key, b, h, row, scale, size, n_b, data, weight_args,
+                        moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, False,
                     )  # fmt: skip
                 else:
                     total += gradient_tile(
-                        q, k, v, do, lse2, delta, strides, q0, k0, b, h, row, scale, size, n_b, data, weight_args, moved,
-                        FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, True,
+                        q, k, v, do, lse2, delta, strides, first_row, first_key, b, h, row, scale, size, n_b, data, weight_args,
+                        moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS, BLOCKS, PRECISION, BEHIND, WEIGHT, True,
                     )  # fmt: skip
+            else:
+                total += gradient_tile(
+                    q, k, v, do, lse2, delta, strides, first_row + step * row_step, first_key + step * key_step, b, h, row,
+                    scale, size, n_b, data, weight_args, moved, FLAGS, PREDICATES, SCORES, PUSHED, GROUP, SPANS, DIMS,
+                    BLOCKS, PRECISION, BEHIND, WEIGHT, True,
+                )  # fmt: skip
     q_idx, k_idx = first_row + tl.arange(0, BLOCK_Q), first_key + tl.arange(0, BLOCK_K)
     if SHAPE == "tile":
         to = grads + kept_head * n_q * n_k + q_idx.to(tl.int64)[:, None] * n_k + k_idx[None, :]

@@ -226,12 +226,18 @@ def test_a_bias_is_read_in_wide_loads(kernel, tmp_path, monkeypatch):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("n_b", [1, 2], ids=["one entry", "shared"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_gradient_of_a_bias_beside_dq_spills_nothing_in_loops(arch, n_b, head_dim):
-    """And is written in wide stores, but for tiles at the edge."""
+def test_the_gradient_of_a_bias_spills_nothing_in_loops(arch, n_b, head_dim):
+    """By itself, and beside dq, where it is written in wide stores but for tiles at the edge."""
     q = torch.zeros(n_b, 2, 256, head_dim, dtype=torch.bfloat16)
-    score = fa.Bias(torch.zeros(2, 256, 256, dtype=torch.bfloat16))
-    p = functional.problem(q, q, q, None, (score,), None, None, 0.0, "tiled", None, None)
-    launches = {x.kernel.__name__: x for x in offline.recorded(dataclasses.replace(p, param_grads=True), arch)}
+
+    def launched(*more):
+        score = (fa.Bias(torch.zeros(2, 256, 256, dtype=torch.bfloat16)), *more)
+        p = functional.problem(q, q, q, None, score, None, None, 0.0, "tiled", None, None)
+        return {x.kernel.__name__: x for x in offline.recorded(dataclasses.replace(p, param_grads=True), arch)}
+
+    report = offline.report(launched(fa.Softcap(3.0))["score_grads"], arch)
+    assert not report.loop_spills, report
+    launches = launched()
     assert "score_grads" not in launches
     report = offline.report(launches["backward_dq"], arch)
     assert not report.loop_spills, report
