@@ -36,7 +36,7 @@ class Beside(NamedTuple):
 
     score: int  # index of the modifier
     grad: Tensor  # like its parameter
-    partial: Tensor | None  # float32, where all batch entries share it and there are several
+    partial: Tensor | None  # float32, where all batch entries share it and there are several; the gradient if that is float32
 
     def sums(self, n_b: int) -> tuple[Any, ...]:
         """The kernel's argument."""
@@ -96,7 +96,9 @@ def beside_dq(p: Problem, call: Call) -> Beside | None:
             continue
         make = torch.empty if p.mask.is_full else torch.zeros
         grad = make(param.shape, dtype=param.dtype, device=p.q.device)
-        return Beside(i, grad, torch.empty(param.shape, dtype=torch.float32, device=p.q.device) if shared else None)
+        if not shared:
+            return Beside(i, grad, None)
+        return Beside(i, grad, grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32))
     return None
 
 

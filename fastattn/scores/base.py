@@ -40,8 +40,8 @@ class DeviceGradient(NamedTuple):
     anywhere: bool = False  # whether q and k may be int tensors (B|1, n), the coordinates of all rows and of all keys
     entry: Any = None  # with "table", Triton function of (at, args): the entry, 0 to n - 1, that each pair adds to
     elsewhere: DeviceGradient | None = None  # what to do instead where q or k are tensors
-    # whether sums of a tile's elements are the gradient itself where they have its shape and q and k are 0: they are then
-    # made in the parameter's dtype, and `finish` has nothing to do
+    # whether sums of a tile's elements are the gradient itself where they have its shape and q and k are 0: weight is 1,
+    # `finish` has nothing to do, and the sums are made in the parameter's dtype
     itself: bool = False
 
 
