@@ -20,6 +20,8 @@ endif
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
+# Nothing is byte-compiled on installing: Python does that for what is imported, and most of it never is.
+
 # Other Tritons beside the installed one, each in a folder that goes in front of it: one whose front end ttsem executes
 # without a GPU, and the oldest one that is supported. A new version is a new stamp.
 TTSEM := triton==3.8.0 ttsem==0.1.0
@@ -45,19 +47,19 @@ help:
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q --upgrade pip
-	.venv/bin/python -m pip install -q "$(TORCH)"
-	.venv/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib tqdm "setuptools>=77"
-	-.venv/bin/python -m pip install -q scikit-learn
-	-.venv/bin/python -m pip install -q triton==3.7.1
-	.venv/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	.venv/bin/python -m pip install -q --no-compile --upgrade pip
+	.venv/bin/python -m pip install -q --no-compile "$(TORCH)"
+	.venv/bin/python -m pip install -q --no-compile numpy pytest pytest-xdist hypothesis ruff mypy expecttest matplotlib tqdm "setuptools>=77"
+	-.venv/bin/python -m pip install -q --no-compile scikit-learn
+	-.venv/bin/python -m pip install -q --no-compile triton==3.7.1
+	.venv/bin/python -m pip install -q --no-compile --no-deps --no-build-isolation -e .
 	@touch $@
 
 # the current Python has torch: install only what is missing, and go on without where that fails
 .venv/present: pyproject.toml
 	@mkdir -p .venv
 	@for m in numpy pytest xdist:pytest-xdist hypothesis expecttest ruff mypy matplotlib tqdm sklearn:scikit-learn; do \
-		$(PY) -c "import $${m%%:*}" 2>/dev/null || $(PY) -m pip install -q "$${m##*:}" || echo "going on without $${m##*:}"; \
+		$(PY) -c "import $${m%%:*}" 2>/dev/null || $(PY) -m pip install -q --no-compile "$${m##*:}" || echo "going on without $${m##*:}"; \
 	done
 	@touch $@
 
@@ -72,7 +74,7 @@ ALONE := --no-deps --ignore-requires-python
 # where this fails there is no stamp: the tests skip what needs it, and the next run tries again
 .overlays/%: | $(ENV)
 	@rm -rf $(@D) && mkdir -p $(@D)
-	@if $(PY) -m pip install -q --retries 1 $(ALONE) --target $(@D) $(PACKAGES); then touch $@; \
+	@if $(PY) -m pip install -q --no-compile --retries 1 $(ALONE) --target $(@D) $(PACKAGES); then touch $@; \
 	else rm -rf $(@D); echo "going on without $(PACKAGES): the tests that need it are skipped"; fi
 
 bench: $(ENV)
