@@ -1,7 +1,8 @@
-"""Triton's interpreter without work that it does anew at every call of a device function: a third of a suite's time.
+"""Triton's interpreter without work that leads nowhere: two thirds of a suite's time.
 
 It replaces the functions of triton.language at the beginning of a launch, and once more at every device function inside, where
-all of them are found replaced already. Nothing else about it changes.
+all of them are found replaced already; it makes a table of dtypes for every value; and it adds up integers a second time to
+find an overflow that it then does not report.
 """
 
 import functools

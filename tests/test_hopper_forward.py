@@ -322,8 +322,11 @@ def test_it_runs_by_name(on_sm_90, simulated):
 def test_long_plain_calls_come_here_unasked(on_sm_90, monkeypatch):
     """What was timed, and nothing beside it: a length, a mask, a score, a dtype or a promise that nobody has timed."""
 
-    def chosen(mask="causal", score="none", n_q=2048, n_k=2048, head_dim=64, v_dim=64, name=None, sinks=False, **changes):
-        p = problem(mask, score, (1, 2, 1, n_q, n_k, head_dim, v_dim), sinks=sinks, deterministic=True)
+    def chosen(
+        mask="causal", score="none", n_q=2048, n_k=2048, head_dim=64, v_dim=64, name=None, sinks=False, dtype=torch.bfloat16,
+        **changes,
+    ):  # fmt: skip
+        p = problem(mask, score, (1, 2, 1, n_q, n_k, head_dim, v_dim), dtype, sinks=sinks, deterministic=True)
         p = dataclasses.replace(p, **changes)
         monkeypatch.setattr(dispatch, "_against_triton", lambda *facts: ())
         return dispatch.settled(dataclasses.replace(p, backend="triton"), name).backend
@@ -331,7 +334,7 @@ def test_long_plain_calls_come_here_unasked(on_sm_90, monkeypatch):
     assert chosen() == chosen("full") == chosen(head_dim=128, v_dim=128) == chosen("full", n_k=5000) == "hopper"
     others = (
         dict(n_q=2047), dict(n_k=2047), dict(mask="window"), dict(score="softcap"), dict(head_dim=128),
-        dict(head_dim=96, v_dim=96),
+        dict(head_dim=96, v_dim=96), dict(dtype=torch.float16), dict(dtype=torch.float32),
         dict(sinks=True), dict(deterministic=False), dict(invariant=True), dict(dropout_p=0.1, rng=torch.zeros(1, 2)),
         dict(scale=-1.0), dict(name="triton"), dict(q=torch.zeros(1, 2, 2048, 65, dtype=torch.bfloat16)[..., :64]),
     )  # fmt: skip
@@ -401,7 +404,7 @@ def test_explain_says_which_kernel_runs_what(on_sm_90):
 def test_explain_names_it_beside_the_portable_kernels(on_sm_90):
     p = dataclasses.replace(problem("causal", "none", (1, 1, 1, 4, 4, 64, 64)), backend="triton")
     (found,) = (why for what, why in dispatch.plan(p).reasons if what == "hopper")
-    assert found.startswith('only where it is named, backend="hopper"; by default it takes plain and causal calls')
+    assert found.startswith('only where it is named, backend="hopper"; by default it takes plain and causal bfloat16 calls')
     (found,) = (why for what, why in dispatch.plan(dataclasses.replace(p, scale=-1.0)).reasons if what == "hopper")
     assert found == "the scale must be positive, not -1.0"
 

@@ -72,7 +72,7 @@ def instead(p: Problem) -> list[tuple[str, str]]:
     """(what, why) for a call on this architecture that the portable kernels run."""
     if not shim.PRESENT or triton_call.architecture(p.q.device) != ARCH:
         return []
-    unasked = f"by default it takes plain and causal calls of head_dim 64 or 128 and at least {LONG} rows and keys: {FASTER}"
+    unasked = f"by default it takes plain and causal bfloat16 calls, head_dim 64 or 128, from {LONG} rows and keys on: {FASTER}"
     return [("hopper", supports(p) or f'only where it is named, backend="hopper"; {unasked}')]
 
 

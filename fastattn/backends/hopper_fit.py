@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import LOW, Problem
+from ..problem import Problem
 
 ALIGNED = 16  # bytes of which a descriptor's base and strides are multiples
 LONG = 2048  # rows and keys of the shortest call that was timed
@@ -13,21 +13,16 @@ LONG = 2048  # rows and keys of the shortest call that was timed
 
 def timed(p: Problem) -> bool:
     """Whether the kernels of sm_90 and the portable ones were timed in calls like p, on an H200: docs/benchmarks.md."""
-    return p.q.dtype == torch.bfloat16 and _plain(p)
+    plain = not p.scores and p.sinks is None and p.dropout_p == 0.0 and (p.mask.is_full or p.mask.is_causal)
+    return p.q.dtype == torch.bfloat16 and plain and (p.q.shape[3], p.v_dim) in ((64, 64), (128, 128))
 
 
 def preferred(p: Problem) -> bool:
     """Whether p goes to these kernels unasked, where they fit: their forward was faster in all timed calls of that length.
 
-    float16 differs from bfloat16 in no instruction but the type of a product. Not with deterministic=False, which would take
-    their fused backward: that one was never timed.
+    Not with deterministic=False, which would take their fused backward: that one was never timed.
     """
-    return p.q.dtype in LOW and p.deterministic and p.n_q >= LONG and p.n_k >= LONG and _plain(p)
-
-
-def _plain(p: Problem) -> bool:
-    bare = not p.scores and p.sinks is None and p.dropout_p == 0.0
-    return bare and (p.mask.is_full or p.mask.is_causal) and (p.q.shape[3], p.v_dim) in ((64, 64), (128, 128))
+    return p.deterministic and p.n_q >= LONG and p.n_k >= LONG and timed(p)
 
 
 def misfits(p: Problem) -> list[str]:
