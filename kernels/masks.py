@@ -84,14 +84,18 @@ def affine_rows(mask, b, k_lo, k_hi, size, FLAGS: tl.constexpr):
 def row_range(
     mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """The ends (seen, full, full, seen) of the query tiles that see the key tile at k0 through span r."""
+    """The ends (seen, full, full, seen) of the query tiles that see the key tile at k0 through span r.
+
+    None of them is full where some of the tile's keys do not exist: there is nothing to look up beyond the last one.
+    """
     if FLAGS[0]:
         n_tiles = tl.cdiv(size[1], BLOCK_K)
         at = mask[2][0] + ((b * mask[2][1] + h * mask[2][2] + r) * n_tiles + k0 // BLOCK_K) * 4
         first, full_lo, full_hi, last = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     else:
         first, full_lo, full_hi, last = affine_rows(mask, b, k0, k0 + BLOCK_K, size, FLAGS)
-    return aligned(first, full_lo, full_hi, last, BLOCK_Q, PREDICATED)
+    first, full_lo, full_hi, last = aligned(first, full_lo, full_hi, last, BLOCK_Q, PREDICATED)
+    return first, full_lo, tl.where(k0 + BLOCK_K <= size[1], full_hi, full_lo), last
 
 
 @kernel

@@ -50,7 +50,7 @@ def refusals(
 ) -> tuple[str, ...]:  # fmt: skip
     """Every reason why this backend cannot run a call, from what `facts` says of it."""
     reasons = [] if shim.PRESENT else ["triton is not installed"]
-    if device.type != "cuda" and not shim.INTERPRETED:
+    if not triton_call.launches_on(device):
         reasons.append(f"the kernels run on cuda tensors, or with TRITON_INTERPRET=1 anywhere; these are on {device.type}")
     if dtype not in DTYPES:
         reasons.append(f"the kernels take float16, bfloat16 and float32, not {str(dtype)[6:]}")

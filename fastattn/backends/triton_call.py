@@ -21,6 +21,12 @@ REACH = 1 << 31  # elements that an offset inside a tile can span
 TALLEST = 256  # rows or keys of the largest tile that tuning tries
 PAD = 128  # rows of the backward's statistics are padded to a multiple of the largest query tile
 
+
+def launches_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of a device."""
+    return device.type == "cuda" or shim.INTERPRETED
+
+
 def architecture(device: torch.device) -> str:
     """The name of a device's architecture, as launch tables have it."""
     if shim.INTERPRETED:

@@ -147,6 +147,18 @@ def variant(launch: Recorded, arch: str) -> tuple[str, str]:
     return launch.kernel.__name__, str((_bound(launch, arch)[3], launch.num_warps, launch.num_stages))
 
 
+def flat_arguments(launch: Recorded, arch: str) -> list[tuple[str, Any]]:
+    """(type, value) of the parameters that a compiled launch takes: tuples laid flat, without what is constant."""
+
+    def flat(value: Any, kind: Any) -> list[tuple[str, Any]]:
+        if isinstance(kind, tuple):
+            return [pair for x, k in zip(value, kind, strict=True) for pair in flat(x, k)]
+        return [] if kind == "constexpr" else [(kind, value)]
+
+    _, _, arguments, specialization = _bound(launch, arch)
+    return [pair for value, (kind, _) in zip(arguments.values(), specialization) for pair in flat(value, kind)]
+
+
 def compiled(launch: Recorded, arch: str) -> Any:
     """A recorded launch, compiled for an architecture ("sm_90", "gfx942")."""
     import triton

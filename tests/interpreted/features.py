@@ -105,7 +105,7 @@ def test_a_walk_over_a_dense_mask(name, block_q, block_k, columns):
     some = tiles_of(seen, block_q, block_k).any(-1)
     possible = tiles_of(shown, block_q, block_k).any(-1).expand_as(some)  # spans may hide what is left
     exact = torch.equal(seen, shown.expand_as(seen))
-    full = tiles_of(seen, block_q, block_k, not columns, columns).all(-1) & some  # a tile that is loaded whole has no edge
+    full = tiles_of(seen, block_q, block_k, not columns).all(-1) & some  # rows beyond the edge are those of the last one
     full &= all(isinstance(x, fa.masks.DensePredicate) for x in p.mask.predicates)
     which = triton_tiles.column_pass if columns else triton_tiles.row_pass
     lists = which(p, triton_tiles.prepare(p), launch.Launch(block_q, block_k, 1, 1))[0][2][0].cpu().expand(2, 2, -1, -1, -1)

@@ -1,9 +1,11 @@
-"""The kernels at tiles that a GPU runs, small enough to be executed access by access: bounds and races are judged by ttsem.
+"""The kernels at tiles that a GPU runs, small enough to be executed access by access: bounds and races are judged, by ttsem in
+what the front end makes of them, by fastattn/devtools/emulate.py in what the compiler does.
 
 The same file is an ordinary suite where there is a GPU. Sizes give two tiles of rows, several of keys, and ragged ends.
 """
 
 import dataclasses
+import os
 
 import cases
 import pytest
@@ -16,7 +18,7 @@ from fastattn import functional
 from fastattn.backends import reference, tiled, triton
 from fastattn.problem import Tangents
 
-DEVICE = "cuda"
+DEVICE = "cpu" if "EMULATE" in os.environ else "cuda"
 GRADIENTS = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}  # relative L2
 
 
@@ -83,6 +85,16 @@ def test_the_gradient_of_a_bias_that_entries_share(mask):
     """Each program adds up the tiles of both entries beside dq."""
     bias = fa.Bias(torch.randn(2, 70, 99, generator=torch.Generator().manual_seed(3)).bfloat16())
     check(problem(MASKS[mask](2, 2, 70, 99), (bias,), n_q=70, n_k=99, n_b=2))
+
+
+@pytest.mark.parametrize("what", ["bias", "table", "coordinates"])
+def test_nothing_is_looked_up_beyond_the_last_key(what):
+    """The rows are whole tiles, so that the last keys' tile, which is not, has rows that see all of it."""
+    n_q, n_k = 128, 203
+    score = {"bias": fa.Bias(torch.ones(n_q, n_k).bfloat16()), "table": fa.RelativeBias(torch.ones(9))}.get(what)
+    coords = fa.Coordinates(k=torch.arange(n_k, device=DEVICE)[None].int() // 8) if what == "coordinates" else None
+    score = fa.ALiBi(torch.full((2,), 0.1)) if score is None else score
+    check(problem(fa.Full(), (score,), n_q=n_q, n_k=n_k, coords=coords))
 
 
 def test_one_tangent():

@@ -1,0 +1,146 @@
+"""The kernels as compiled for a GPU, executed on the CPU: their suite, faults that must be found, and the machine itself."""
+
+import pytest
+import torch
+from processes import ROOT, copied, suite
+from test_triton import needs_compiler
+
+from fastattn.backends import triton_call
+from fastattn.devtools import emulate
+from fastattn.devtools.machine import Fault
+from fastattn.kernels.launch import Launch
+
+pytestmark = needs_compiler
+SUITE = "sanitized/kernels.py"
+FEW = "-kcausal or everything or bias"  # of the suite
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "which"), [("sm_90", ()), ("sm_80", (FEW,))])
+def test_suite_as_compiled(arch, which):
+    done = suite(ROOT, SUITE, *which, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", EMULATE=arch)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+FAULTS = {
+    "a mask that shows a tile too many": (
+        "masks.py", "last = tl.max(tl.where(some, stop, 0))", "last = tl.max(tl.where(some, stop, 0)) + BLOCK_K",
+        "test_every_mask[causal]", "access memory that is no tensor's",
+    ),
+    "keys looked up that do not exist": (
+        "masks.py", "tl.where(k0 + BLOCK_K <= size[1], full_hi, full_lo)", "full_hi",
+        "test_nothing_is_looked_up_beyond_the_last_key[coordinates]", "access memory that is no tensor's",
+    ),
+    "two heads that write one row": (
+        "forward.py", "lse + (b * n_h + h) * n_q + q_idx", "lse + b * n_h * n_q + q_idx",
+        "test_every_mask[causal]", "what another block writes",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_stops_at(fault, tmp_path):
+    *change, test, message = FAULTS[fault]
+    done = suite(copied(tmp_path, [change]), f"{SUITE}::{test}", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", EMULATE="sm_90")
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
+    assert message in done.stdout, done.stdout[-3000:]
+
+
+if triton_call.shim.PRESENT:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def shifted(x, y, by, N: tl.constexpr):
+        tl.store(y + tl.arange(0, N), tl.load(x + tl.arange(0, N) + by))
+
+    @triton.jit
+    def reversed_in_place(x, N: tl.constexpr, WAIT: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(x + at, at)
+        if WAIT:
+            tl.debug_barrier()
+        tl.store(x + at, tl.load(x + N - 1 - at))
+
+    @triton.jit
+    def counted(x):
+        tl.store(x, tl.program_id(0))
+
+    @triton.jit
+    def by_parts(x, y, N: tl.constexpr):
+        at = tl.arange(0, N)
+        if tl.load(x) > 0:
+            y += N
+        tl.store(y + at, tl.sort(tl.load(x + at)))
+
+    @triton.jit
+    def arithmetic(x, y, f, g, N: tl.constexpr):
+        at = tl.arange(0, N)
+        a, b = tl.load(x + at), tl.load(y + at)
+        tl.store(x + at, (a // b) * 3 + a % b - (a >> 3) + (a & 0xFF ^ b))
+        u = tl.load(f + at)
+        tl.store(f + at, tl.maximum(tl.abs(u), 0.5) * tl.exp2(-u) / (1.0 + u * u) + tl.cumsum(u, 0))
+        tl.store(g + at, u.to(tl.bfloat16).to(tl.float32) - u.to(tl.float16).to(tl.float32) + u.to(tl.int8).to(tl.float32))
+
+
+ONE_WARP, FOUR = Launch(0, 0, 1, 1), Launch(0, 0, 4, 1)
+
+
+def run(kernel, grid, *args, how=FOUR, arch="sm_90"):
+    with emulate.on(arch):
+        triton_call.run(kernel, grid, how, *args)
+
+
+def test_a_load_beyond_a_tensor():
+    x, y = torch.arange(128.0), torch.zeros(128)
+    run(shifted, 1, x, y, 0, 128)
+    assert torch.equal(x, y)
+    with pytest.raises(Fault, match=r"test_emulated.py:\d+, block \(0, 0, 0\): 3 threads .* 0 bytes behind .* of 512 bytes"):
+        run(shifted, 1, x, y, 3, 128)
+    with pytest.raises(Fault, match="no tensor's"):
+        run(shifted, 1, x, y[:100].clone(), 0, 128)
+
+
+def test_a_thread_reads_what_another_one_wrote():
+    x = torch.zeros(64, dtype=torch.int32)
+    run(reversed_in_place, 1, x, 64, True)
+    assert x.tolist() == list(range(63, -1, -1))
+    with pytest.raises(Fault, match="no barrier"):
+        run(reversed_in_place, 1, torch.zeros(64, dtype=torch.int32), 64, False)
+
+
+def test_blocks_that_write_one_word():
+    run(counted, 1, torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(Fault, match="what another block writes"):
+        run(counted, 2, torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("how", [ONE_WARP, FOUR])
+def test_arithmetic(how, arch):
+    torch.manual_seed(1)
+    a, b = torch.randint(-9999, 9999, (256,), dtype=torch.int32), torch.randint(1, 99, (256,), dtype=torch.int32)
+    u = torch.randn(256) * 3
+    f, g, x = u.clone(), torch.zeros(256), a.clone()
+    run(arithmetic, 1, x, b, f, g, 256, how=how, arch=arch)
+    quotient = torch.div(a, b, rounding_mode="trunc")
+    assert torch.equal(x, quotient * 3 + torch.fmod(a, b) - (a >> 3) + (a & 0xFF ^ b))
+    wide = u.double()
+    exact = wide.abs().clamp(min=0.5) * torch.exp2(-wide) / (1 + wide * wide) + wide.cumsum(0)
+    torch.testing.assert_close(f.double(), exact, atol=1e-4, rtol=1e-5)
+    assert torch.equal(g, u.bfloat16().float() - u.half().float() + u.to(torch.int8).float())
+
+
+@pytest.mark.parametrize("first", [1.0, -1.0])
+def test_branches_lanes_and_shared_memory(first):
+    x, y = torch.randn(128, generator=torch.Generator().manual_seed(0)), torch.zeros(256)
+    x[0] = first
+    run(by_parts, 1, x, y, 128)
+    assert torch.equal(y[128:] if first > 0 else y[:128], x.sort().values)
+
+
+def test_what_is_not_known_is_named():
+    with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_100'"), emulate.on("sm_100"):
+        pass
