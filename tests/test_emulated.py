@@ -5,6 +5,7 @@ import torch
 from processes import ROOT, copied, suite
 from test_triton import needs_compiler
 
+import fastattn as fa
 from fastattn.backends import triton_call
 from fastattn.devtools import emulate
 from fastattn.devtools.machine import Fault
@@ -12,13 +13,13 @@ from fastattn.kernels.launch import Launch
 
 pytestmark = needs_compiler
 SUITE = "sanitized/kernels.py"
-FEW = "-kcausal or everything or bias"  # of the suite
+MOST = "-kfull or dense_documents or everything or looked_up or tangent or entries"  # that the others do not show as well
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "which"), [("sm_90", ()), ("sm_80", (FEW,))])
+@pytest.mark.parametrize(("arch", "which"), [("sm_90", MOST), ("sm_80", "-keverything")], ids=["sm_90", "sm_80"])
 def test_suite_as_compiled(arch, which):
-    done = suite(ROOT, SUITE, *which, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", EMULATE=arch)
+    done = suite(ROOT, SUITE, which, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", EMULATE=arch)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -139,6 +140,19 @@ def test_branches_lanes_and_shared_memory(first):
     x[0] = first
     run(by_parts, 1, x, y, 128)
     assert torch.equal(y[128:] if first > 0 else y[:128], x.sort().values)
+
+
+def test_the_front_with_autograd():
+    q, k, v = (torch.randn(1, 2, 40, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with emulate.on("sm_90"):
+        assert fa.explain(q, k, v, mask=fa.Causal(), backend="triton").backend == "triton"
+        grads = torch.autograd.grad(fa.attention(q, k, v, mask=fa.Causal(), backend="triton").float().square().sum(), (q, k, v))
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(fa.attention(*wide, mask=fa.Causal()).square().sum(), wide)
+    for x, y in zip(grads, exact, strict=True):
+        assert (x.double() - y).norm() < 1e-2 * y.norm()
+    with pytest.raises(ValueError, match="these are on cpu"):
+        fa.attention(q, k, v, backend="triton")
 
 
 def test_what_is_not_known_is_named():

@@ -8,6 +8,7 @@ ex2.approx and div.full are taken as exact.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ def register(name: str) -> str:
     return SPECIAL.get(name) or name[1:]
 
 
+@functools.cache
 def bits_of(name: str) -> int:
     """Of a register or of a type: 32 of %r1, f32, b32 and bf16x2."""
     if name[0] == "%":
