@@ -164,5 +164,7 @@ def test_the_front_with_autograd():
 
 
 def test_what_is_not_known_is_named():
+    with pytest.raises(ValueError, match="tensors on the CPU, got one on meta"):
+        run(counted, 1, torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_100'"), emulate.on("sm_100"):
         pass

@@ -31,7 +31,8 @@ def on(arch: str) -> Iterator[None]:
     """Launches of the Triton backend are compiled for an architecture and executed here, one program after another.
 
     Raises:
-        ValueError: Triton is missing or interprets, or the architecture is not one of ARCHITECTURES.
+        ValueError: Triton is missing or interprets, or the architecture is not one of ARCHITECTURES; later, from a launch:
+            a tensor is not on the CPU.
     """
     require_compiler()
     if arch not in ARCHITECTURES:
@@ -49,9 +50,10 @@ def on(arch: str) -> Iterator[None]:
             programs[key] = Program(binary.asm["ptx"]), binary.metadata.shared
         program, shared_bytes = programs[key]
         scratch = [0, 0]  # the last two parameters, which no kernel of this project uses
+        memory = Memory(_storages(args))
         words = [_word(kind, value) for kind, value in flat_arguments(launch, arch)]
         with np.errstate(all="ignore"):
-            program.launch(sizes, words + scratch, shared_bytes, Memory(_storages(args)))
+            program.launch(sizes, words + scratch, shared_bytes, memory)
 
     with mock.patch.multiple(triton_call, run=run, architecture=lambda device: arch, launches_on=lambda device: True):
         yield
@@ -69,6 +71,8 @@ def _word(kind: str, value: Any) -> int:
 def _storages(x: Any) -> dict[int, int]:
     """Address and bytes of every tensor's storage among nested arguments."""
     if isinstance(x, Tensor):
+        if x.device.type != "cpu":
+            raise ValueError(f"emulated kernels take tensors on the CPU, got one on {x.device}")
         storage = x.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
     return {start: size for part in x for start, size in _storages(part).items()} if isinstance(x, tuple) else {}
