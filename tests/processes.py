@@ -23,8 +23,11 @@ def overlay(name):
 
 
 def copied(to, changes=()):
-    """A copy of the package in the folder `to`, with (file of kernels/, old text, new text) replaced; each must be there."""
-    shutil.copytree(ROOT / "fastattn", to / "fastattn", symlinks=False, ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    """A copy of the package in the folder `to`, with (file of kernels/, old text, new text) replaced; each must be there.
+
+    What Python has compiled comes along, but for what it is writing just now.
+    """
+    shutil.copytree(ROOT / "fastattn", to / "fastattn", symlinks=False, ignore=shutil.ignore_patterns("*.pyc.*", "bench"))
     shutil.copytree(ROOT / "bench", to / "fastattn" / "bench", ignore=shutil.ignore_patterns("__pycache__", "results"))
     for file, old, new in changes:
         path = to / "fastattn" / "kernels" / file

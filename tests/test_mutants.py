@@ -41,7 +41,7 @@ MUTANTS = {
                        "tl.store(delta + row, tl.where(seen & (q_idx != 46), total, 0.0))",
                        FEATURES + "test_dv_alone_and_dlse_alone"),
     "what earlier entries left": ("backward.py", "x += tl.load(sums[1] + at", "x -= tl.load(sums[1] + at",
-                                  FEATURES + "test_the_gradient_of_a_bias_beside_dq[dtype0-shared]"),
+                                  FEATURES + "test_the_gradient_of_a_bias_beside_dq[shared-float32]"),
     "a row of the zero sum": ("backward.py", "dq -= total[:, None] * reference[None, :]",
                               "dq -= tl.where(q_idx == 40, 0.0, total)[:, None] * reference[None, :]",
                               FEATURES + "test_keys_with_a_mean"),

@@ -221,8 +221,10 @@ BESIDE = {  # mask, (batch entries of the call, of the bias), dropout, more modi
 }
 
 
-@pytest.mark.parametrize("name", BESIDE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in BESIDE), ("one entry", torch.bfloat16), ("shared", torch.bfloat16)],
+    ids=lambda x: str(x).replace("torch.", ""),
+)
 def test_the_gradient_of_a_bias_beside_dq(name, dtype, monkeypatch):
     """Written by the pass over dq where every tile is visited once; tiles that nobody visits are 0."""
     mask, (n_b, own), dropout, more, beside = BESIDE[name]
