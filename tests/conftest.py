@@ -1,11 +1,14 @@
 """For all suites: the ones that take minutes begin first, so that several workers fill in the rest around them and none is left
-alone at the end; every test draws the same random numbers in every run; and the interpreter wastes no time.
+alone at the end; every test draws the same random numbers in every run; the interpreter wastes no time; and on a GPU a test
+after which nothing works there any more is named, and is the last one of its process.
 
 With EMULATE=sm_90 in the environment the kernels run as compiled for that architecture (fastattn/devtools/emulate.py)."""
 
 import contextlib
 import os
+import sys
 
+import pytest
 import torch
 
 LONG = (
@@ -38,6 +41,25 @@ def pytest_unconfigure():
 
 def pytest_runtest_setup():
     torch.manual_seed(0)
+
+
+def lost():
+    """What torch says of a CUDA context in which nothing works any more, since a kernel of it did what it must not; or None."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Ends a process that has lost its GPU: every later test would fail in it, and it would take the others' tests too."""
+    report = (yield).get_result()
+    if report.failed and (reason := lost()):
+        print(f"{report.longreprtext}\n\n{item.nodeid} lost the GPU: {reason}", file=sys.__stderr__, flush=True)
+        os._exit(1)  # pytest-xdist names the test, and goes on in a new process
 
 
 def pytest_collection_modifyitems(items):

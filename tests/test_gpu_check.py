@@ -1,10 +1,12 @@
 """gpu-check: its plan, how it runs and ends steps, and its verdicts, with planted results: there is no GPU here."""
 
 import math
+import os
 import sys
 
 import pytest
 import torch
+from processes import TESTS, python
 from test_triton import needs_triton
 
 from fastattn import cli
@@ -297,3 +299,28 @@ def test_nothing_measured_is_no_pass():
 def test_speed_is_told_by_suite_and_not_judged():
     found = bench(cell(ratio=2.0), cell("packed", ratio=0.5), cell("t5", ratio=3.0), cell("x"))
     assert gpu_summary.speed(found) == ["models: 2.00x over 3 cells, 0.50x (sdpa) to 3.00x (sdpa)"]
+
+
+LOSES = """
+import pytest, torch
+
+@pytest.mark.parametrize("i", range(3))
+def test_it(i, state=[]):
+    def synchronize():
+        if state:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+    if i == 1:
+        state.append(i)
+    assert not state, "what this test says"
+"""
+
+
+def test_a_test_that_loses_the_gpu_is_named_and_takes_no_other_with_it(tmp_path):
+    (tmp_path / "test_loses.py").write_text(LOSES)
+    options = ("-q", "-n", "1", "-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}")
+    done = python("-m", "pytest", *options, str(tmp_path), path=[TESTS])
+    assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    assert "crashed while running 'test_loses.py::test_it[1]'" in done.stdout
+    assert "what this test says" in done.stderr
+    assert "test_it[1] lost the GPU: CUDA error: an illegal memory access" in done.stderr
