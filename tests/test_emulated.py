@@ -9,6 +9,7 @@ import fastattn as fa
 from fastattn.backends import triton_call
 from fastattn.devtools import emulate
 from fastattn.devtools.machine import Fault
+from fastattn.devtools.ptx import Program
 from fastattn.kernels.launch import Launch
 
 pytestmark = needs_compiler
@@ -164,6 +165,9 @@ def test_the_front_with_autograd():
 
 
 def test_what_is_not_known_is_named():
+    unknown = ".visible .entry f() .reqntid 32 { fma.rn.bf16x2 %r1, %r2, %r3, %r4; ret; }"
+    with pytest.raises(NotImplementedError, match=r"fma\.rn\.bf16x2"):
+        Program(unknown)
     with pytest.raises(ValueError, match="tensors on the CPU, got one on meta"):
         run(counted, 1, torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_100'"), emulate.on("sm_100"):

@@ -341,6 +341,8 @@ class _Writer:
 
     def expression(self, one: Statement, head: str, kind: str) -> str:
         """The value of an instruction of arithmetic."""
+        if kind.endswith("x2"):
+            raise NotImplementedError(one.opcode)
         bits, operands, parts = bits_of(kind), one.operands[1:], one.opcode.split(".")
         x = [self.meant(operand, kind) for operand in operands]
         back = f".view(np.uint{bits})"
