@@ -8,7 +8,7 @@ from test_triton import needs_compiler
 import fastattn as fa
 from fastattn.backends import triton_call
 from fastattn.devtools import emulate
-from fastattn.devtools.machine import Fault
+from fastattn.devtools.machine import Fault, Memory
 from fastattn.devtools.ptx import Program
 from fastattn.kernels.launch import Launch
 
@@ -123,7 +123,7 @@ def test_blocks_that_write_one_word():
         run(counted, 2, torch.zeros(1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", emulate.ARCHITECTURES)
 @pytest.mark.parametrize("how", [ONE_WARP, FOUR])
 def test_arithmetic(how, arch):
     torch.manual_seed(1)
@@ -160,10 +160,35 @@ def test_the_front_with_autograd():
         fa.attention(q, k, v, backend="triton")
 
 
-def test_what_is_not_known_is_named():
-    unknown = ".visible .entry f() .reqntid 32 { fma.rn.bf16x2 %r1, %r2, %r3, %r4; ret; }"
-    with pytest.raises(NotImplementedError, match=r"fma\.rn\.bf16x2"):
-        Program(unknown)
+UNKNOWN = (
+    "fma.rn.bf16x2 %r1, %r2, %r3, %r4", "add.cc.u32 %r1, %r2, %r3", "red.global.add.f32 [%rd1], %r1",
+    "add.f64 %rd1, %rd2, %rd3", "cvt.rn.sat.f16.f32 %rs1, %r1", "cvt.rna.tf32.f32 %r1, %r2",
+    "setp.lt.f16 %p1, %rs1, %rs2", "bar.sync 1, 64",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("instruction", UNKNOWN)
+def test_an_unknown_instruction_is_named(instruction):
+    with pytest.raises(NotImplementedError, match=instruction.split()[0].replace(".", r"\.")):
+        Program(f".visible .entry f() .reqntid 32 {{ {instruction}; ret; }}")
+
+
+@pytest.mark.parametrize(("bound", "all_leave"), [(32, True), (0, False), (7, None)])
+def test_some_threads_leave(bound, all_leave):
+    program = Program(f""".visible .entry f(.param .u64 f_param_0) .reqntid 32 {{
+        ld.param.u64 %rd1, [f_param_0]; mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, {bound}; @%p1 ret;
+        mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; st.global.b32 [%rd3], %r1; ret; }}""")
+    x = torch.full((32,), -1, dtype=torch.int32)
+    launch = lambda: program.launch((1,), [x.data_ptr()], 0, Memory({x.data_ptr(): 128}))
+    if all_leave is None:
+        with pytest.raises(Fault, match="some threads branch"):
+            launch()
+    else:
+        launch()
+        assert x.tolist() == ([-1] * 32 if all_leave else list(range(32)))
+
+
+def test_what_cannot_be_emulated_is_named():
     with pytest.raises(ValueError, match="tensors on the CPU, got one on meta"):
         run(counted, 1, torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_100'"), emulate.on("sm_100"):

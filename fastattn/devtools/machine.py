@@ -143,6 +143,12 @@ class Block:
         """A barrier of the block."""
         self.barriers += 1
 
+    def all_or_none(self, on: Array) -> bool:
+        """Whether all threads go another way, where it must be all or none."""
+        if on.any() and not on.all():
+            raise Fault("some threads branch and others do not")
+        return bool(on.all())
+
     # Lanes of a warp
 
     def shuffle(self, kind: str, x: Array, by: Array) -> Array:

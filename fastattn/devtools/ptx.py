@@ -3,7 +3,7 @@
 All threads of a block take an instruction together (machine.py), so a branch must be taken by all or by none; where it skips
 plain arithmetic the two ways are joined. What is known are the instructions that Triton makes of this project's portable
 kernels for NVIDIA's GPUs from sm_80 to sm_90; another one raises NotImplementedError by name. PTX ISA 8.7 is the reference;
-ex2.approx and div.full are taken as exact.
+ex2.approx and div.full are taken as exact, and only the former flushes subnormal numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
 ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 IDLE = ("fence", "membar", "cp.async.commit", "cp.async.wait", "bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait")
-PLAIN = re.compile(r"(abs|add|and|bfe|cvt|div|ex2|fma|mad|max|min|mov|mul|neg|not|or|prmt|selp|setp|shl|shr|sub|xor)\.")
+PLAIN = re.compile(  # arithmetic, of the types that are known; that of a conversion's result is looked at with it
+    r"(abs|add|and|bfe|div|ex2|fma|mad|max|min|mov|mul|neg|not|or|popc|prmt|rem|selp|setp|shl|shr|sub|xor)"
+    r"(?!.*\.(sat|cc)\b).*\.(pred|f32|[bsu](16|32|64))|cvt(\.r[nzmp]i?)?(\.(f32|b?f16(x2)?|[su](8|16|32|64))){2}"
+)
 
 
 class Statement(NamedTuple):
@@ -75,7 +78,7 @@ def statements(text: str) -> tuple[list[Statement], dict[str, int]]:
             labels[label[1]], line = len(found), line[label.end() :]
         if moved := re.match(r"\.loc (\d+) (\d+)", line):
             place = f"{files.get(moved[1], '?')}:{moved[2]}"
-        elif line and line[0] not in ".}":
+        elif line and line[0] != ".":
             predicate, opcode, operands = re.match(r"(?:@(!?%\w+) )?(\S+) ?(.*)", line).groups()  # type: ignore[union-attr]
             found.append(Statement(predicate or "", opcode, parts_of(operands), place))
     return found, labels
@@ -89,7 +92,7 @@ class Program:
         self.params = re.findall(r"\.param [^,)]*?(\w+_param_\d+)", text.split(".reqntid")[0])
         self.statements, labels = statements(text)
         self.source = _Writer(self.statements, labels).source()
-        names: dict[str, Any] = {"np": np, "Fault": Fault, **HELPERS}
+        names: dict[str, Any] = {"np": np, **HELPERS}
         exec(compile(self.source, "<ptx>", "exec"), names)
         self.function = names["run"]
 
@@ -206,9 +209,11 @@ class _Writer:
         if one.opcode.startswith(IDLE):
             return []
         head = one.opcode.split(".")[0]
-        special = getattr(self, f"_{head}", None)
         if head == "bra":
             return self.branch(i, one)
+        special = getattr(self, f"_{head}", None)
+        if not PLAIN.fullmatch(one.opcode) and (special is None or head in ("cvt", "mov", "selp", "setp")):
+            raise NotImplementedError(one.opcode)
         if special is not None:
             lines = special(one, one.opcode.split("."))
             return [f"CURRENT[0] = {i}", *lines] if "B." in lines[0] else lines
@@ -221,16 +226,18 @@ class _Writer:
             return go
         lines = [f"c = {self.on(one)}", "if c.all():", *(f"  {line}" for line in go)]
         region = self.found[i + 1 : end]
-        if region and all(PLAIN.match(x.opcode) for x in region):
+        if region and all(PLAIN.fullmatch(x.opcode) for x in region):
             skipped = sorted({register(to) for x in region for to in members(x.operands[0])})
             self.joins.setdefault(end, []).append((i, skipped))
             return [*lines, "if c.any():", f"  J{i} = c, {', '.join(skipped)}"]
-        return [*lines, "if c.any():", f"  CURRENT[0] = {i}", "  raise Fault('some threads branch and others do not')"]
+        return [f"CURRENT[0] = {i}", f"if B.all_or_none({self.on(one)}):", *(f"  {line}" for line in go)]
 
     def _ret(self, one: Statement, parts: list[str]) -> list[str]:
-        return ["return"] if not one.predicate else [f"if ({self.on(one)}).all():", "  return"]
+        return ["return"] if not one.predicate else [f"if B.all_or_none({self.on(one)}):", "  return"]
 
     def _bar(self, one: Statement, parts: list[str]) -> list[str]:
+        if parts != ["bar", "sync"] or one.operands != ["0"]:
+            raise NotImplementedError(f"{one.opcode} {', '.join(one.operands)}")
         return ["B.wait()"]
 
     def _ld(self, one: Statement, parts: list[str]) -> list[str]:
@@ -341,8 +348,6 @@ class _Writer:
 
     def expression(self, one: Statement, head: str, kind: str) -> str:
         """The value of an instruction of arithmetic."""
-        if kind.endswith("x2"):
-            raise NotImplementedError(one.opcode)
         bits, operands, parts = bits_of(kind), one.operands[1:], one.opcode.split(".")
         x = [self.meant(operand, kind) for operand in operands]
         back = f".view(np.uint{bits})"
@@ -376,11 +381,9 @@ class _Writer:
             name = f"f{head}" if kind == "f32" and "NaN" not in parts else f"{head}imum"
             value = f"np.{name}({x[0]}, {x[1]})"
             return (f"np.maximum({value}, 0).astype({x[0]}.dtype)" if "relu" in parts else value) + back
-        if head in ("div", "rem"):
-            if kind == "f32":
-                return f"({x[0]} / {x[1]}){back}"
-            return f"divided({x[0]}, {x[1]})[{int(head == 'rem')}]{back}"
-        raise NotImplementedError(one.opcode)
+        if kind == "f32":  # what is left are quotients and remainders
+            return f"({x[0]} / {x[1]}){back}"
+        return f"divided({x[0]}, {x[1]})[{int(head == 'rem')}]{back}"
 
     def product(self, part: str, operands: list[str], kind: str) -> tuple[str, int]:
         """(the low half, the high half or all of a product of integers, its bits)"""
