@@ -90,6 +90,11 @@ if triton_call.shim.PRESENT:
         tl.store(f + at, tl.maximum(tl.abs(u), 0.5) * tl.exp2(-u) / (1.0 + u * u) + tl.cumsum(u, 0))
         tl.store(g + at, u.to(tl.bfloat16).to(tl.float32) - u.to(tl.float16).to(tl.float32) + u.to(tl.int8).to(tl.float32))
 
+    @triton.jit
+    def functions(x, y, N: tl.constexpr):
+        u = tl.load(x + tl.arange(0, N))
+        tl.store(y + tl.arange(0, N), tl.sqrt(u) + tl.rsqrt(u) * tl.log2(u) - tl.log(u) + tl.exp(-u))
+
 
 ONE_WARP, FOUR = Launch(0, 0, 1, 1), Launch(0, 0, 4, 1)
 
@@ -139,6 +144,14 @@ def test_arithmetic(how, arch):
     assert torch.equal(g, u.bfloat16().float() - u.half().float() + u.to(torch.int8).float())
 
 
+def test_functions_that_scores_may_use():
+    x, y = torch.rand(128, generator=torch.Generator().manual_seed(0)) * 3 + 0.1, torch.zeros(128)
+    run(functions, 1, x, y, 128)
+    u = x.double()
+    exact = u.sqrt() + u.rsqrt() * u.log2() - u.log() + (-u).exp()
+    torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("first", [1.0, -1.0])
 def test_branches_lanes_and_shared_memory(first):
     x, y = torch.randn(128, generator=torch.Generator().manual_seed(0)), torch.zeros(256)
@@ -163,7 +176,7 @@ def test_the_front_with_autograd():
 UNKNOWN = (
     "fma.rn.bf16x2 %r1, %r2, %r3, %r4", "add.cc.u32 %r1, %r2, %r3", "red.global.add.f32 [%rd1], %r1",
     "add.f64 %rd1, %rd2, %rd3", "cvt.rn.sat.f16.f32 %rs1, %r1", "cvt.rna.tf32.f32 %r1, %r2",
-    "setp.lt.f16 %p1, %rs1, %rs2", "bar.sync 1, 64",
+    "setp.lt.f16 %p1, %rs1, %rs2", "bar.sync 1, 64", "sin.approx.f32 %r1, %r2",
 )  # fmt: skip
 
 

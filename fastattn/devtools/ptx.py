@@ -3,7 +3,7 @@
 All threads of a block take an instruction together (machine.py), so a branch must be taken by all or by none; where it skips
 plain arithmetic the two ways are joined. What is known are the instructions that Triton makes of this project's portable
 kernels for NVIDIA's GPUs from sm_80 to sm_90; another one raises NotImplementedError by name. PTX ISA 8.7 is the reference;
-ex2.approx and div.full are taken as exact, and only the former flushes subnormal numbers.
+what is approximate there is taken as exact, and of all flushing of subnormal numbers only that of ex2 is done.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ BITS = {"rs": 16, "r": 32, "f": 32, "rd": 64, "p": 1}  # of a register, by the l
 SPECIAL = {"%tid.x": "TID", "%ctaid.x": "CTA[0]", "%ctaid.y": "CTA[1]", "%ctaid.z": "CTA[2]"}
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
+OF_ONE = {  # functions of one number
+    "abs": "np.abs({})", "neg": "-{}", "ex2": "flushed(np.exp2(flushed({})))", "lg2": "np.log2({})", "rcp": "1 / {}",
+    "sqrt": "np.sqrt({})", "rsqrt": "1 / np.sqrt({})",
+}  # fmt: skip
 ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 IDLE = ("fence", "membar", "cp.async.commit", "cp.async.wait", "bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait")
 PLAIN = re.compile(  # arithmetic, of the types that are known; that of a conversion's result is looked at with it
-    r"(abs|add|and|bfe|div|ex2|fma|mad|max|min|mov|mul|neg|not|or|popc|prmt|rem|selp|setp|shl|shr|sub|xor)"
+    rf"({'|'.join(OF_ONE)}|add|and|bfe|div|fma|mad|max|min|mov|mul|not|or|popc|prmt|rem|selp|setp|shl|shr|sub|xor)"
     r"(?!.*\.(sat|cc)\b).*\.(pred|f32|[bsu](16|32|64))|cvt(\.r[nzmp]i?)?(\.(f32|b?f16(x2)?|[su](8|16|32|64))){2}"
 )
 
@@ -163,8 +167,10 @@ class _Writer:
             value = 0
         elif operand[:2].lower() == "0f":
             value = int(operand[2:], 16)
-        else:
+        elif re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
             value = int(operand.rstrip("U"), 0) & ((1 << bits) - 1)
+        else:
+            raise NotImplementedError(f"the operand {operand}")
         return self.constants.setdefault((value, bits), f"C{len(self.constants)}")
 
     def meant(self, operand: str, kind: str) -> str:
@@ -371,12 +377,8 @@ class _Writer:
             return f"({x[0]} {ARITHMETIC[head]} {x[1]}){back}"
         if head == "fma":
             return f"({x[0]}.astype(np.float64) * {x[1]} + {x[2]}).astype(np.float32){back}"
-        if head == "neg":
-            return f"(-{x[0]}){back}"
-        if head == "abs":
-            return f"np.abs({x[0]}){back}"
-        if head == "ex2":
-            return f"flushed(np.exp2(flushed({x[0]}))){back}"
+        if head in OF_ONE:
+            return f"({OF_ONE[head].format(x[0])}){back}"
         if head in ("min", "max"):
             name = f"f{head}" if kind == "f32" and "NaN" not in parts else f"{head}imum"
             value = f"np.{name}({x[0]}, {x[1]})"

@@ -38,7 +38,8 @@ def test_no_derivative_takes_torch_operations():
     slopes = torch.full((2,), 0.1, device=DEVICE, requires_grad=True)
     score = (tutorial_cases.my_score.LogDistance(slopes), tutorial_cases.my_score.RootCap(3.0))
     plan = fa.explain(q, k, v, mask=MASKS["both"](1, 2, 21, 37), score=score, backend="triton")
-    assert (plan.backend, plan.reasons) == ("triton", ())
+    assert plan.backend == "triton"
+    assert [what for what, _ in plan.reasons if what != "hopper"] == []  # on sm_90 those kernels' reasons stand beside
 
 
 def test_double_backward():
