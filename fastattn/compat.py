@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _BASE = torch.autograd.Function
+_forward_ad = torch.autograd.forward_ad
 
 # Whether any functorch transform (vmap, grad, jvp) is active.
 in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
@@ -50,29 +50,34 @@ fused_cpu_forward: Callable[..., Any] = getattr(
 )
 
 
-# The autograd node whose backward, or hooks before it, is running.
-_running_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
+# The autograd node whose backward, or hooks before or behind it, is running. Without it the tiniest calls use a Function.
+running_node: Callable[[], Any] | None = getattr(torch._C, "_current_autograd_node", None)
 
 
-def watch_gradient(out: torch.Tensor, hook: Any) -> None:
-    """Call hook(gradient of out) in a backward; it may ask for `running_node`. Without a handle, which takes longer to make."""
-    assert out.grad_fn is not None
-    if _running_node is None:
-        out.grad_fn.register_hook(hook.instead)
-    else:
-        out._backward_hooks = OrderedDict(((-1, hook),))  # handles count from 0
-        out.grad_fn._register_hook_dict(out)  # type: ignore[attr-defined]
+class _Hooks(dict):  # type: ignore[type-arg]
+    """What torch keeps a tensor's hooks in, cheaper to make than its OrderedDict; handles refer to it weakly."""
+
+    __slots__ = ("__weakref__",)
 
 
-def running_node() -> Any:
-    """The node to which a gradient that is being watched belongs."""
-    assert _running_node is not None
-    return _running_node()
+def watch_gradient(out: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
+    """Call hook(gradient of out) in a backward; it may ask for the `running_node`. Makes no handle, which takes longer."""
+    out._backward_hooks = _Hooks({-1: hook})  # handles count from 0
+    out.grad_fn._register_hook_dict(out)  # type: ignore[union-attr]
+
+
+def saved_by_fused_cpu_forward(node: Any) -> tuple[Any, ...]:
+    """Its (q, k, v, attn_mask, is_causal, scale) and its (out, lse), these two without a graph, as the node has kept them."""
+    out, lse = node._saved_output.detach(), node._saved_logsumexp.detach()
+    return (
+        node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask, node._saved_is_causal, node._saved_scale,
+        out, lse,
+    )  # fmt: skip
 
 
 def in_dual_level() -> bool:
     """Whether a forward_ad.dual_level is open; where torch does not say, yes: the slower answer is always right."""
-    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+    return getattr(_forward_ad, "_current_level", 0) >= 0
 
 
 def in_forward_mode() -> bool:

@@ -26,7 +26,7 @@ from .scores import Bias
 
 SMALL = 1 << 23  # score elements beyond which the host's work no longer shows
 CAUSAL = 1 << 19  # the same of causal calls, which the long way cuts so that less is wasted above the diagonal
-TINY = 1 << 15  # elements of q, k and v that may live as long as the graph, where a Function would free them in its backward
+TINY = 1 << 15  # elements of q, k and v: beyond, a backward that a differentiable one replaces costs more than a Function
 FEW = 128  # numbers that are quickly read one by one
 _forward = compat.fused_cpu_forward
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -151,7 +151,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool,
         scale = 1.0 / math.sqrt(q.shape[3])
     if not _wants_gradients(q, k, v):
         return _computed(q, k, v, added, causal, scale)[0]
-    tiny = q.numel() + 2 * k.numel() <= TINY
+    tiny = q.numel() + 2 * k.numel() <= TINY and compat.running_node is not None
     dtype = q.dtype
     if dtype in LOW:
         if not tiny:
@@ -160,7 +160,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool,
     if not tiny:
         return compat.base_apply(_Attend, q, k, v, added, causal, scale)
     out = _computed(q, k, v, added, causal, scale)[0]
-    compat.watch_gradient(out, _Again(q, k, v, added, causal, scale))
+    compat.watch_gradient(out, _again)
     return out if dtype == out.dtype else out.to(dtype)
 
 
@@ -183,30 +183,26 @@ def _holds_zero(lse: Tensor) -> bool:
     return False
 
 
-class _Again:
-    """Torch's backward of the call gives gradients that have no derivative; where one is needed, differentiable ones take
-    their place. The object watches the output's gradient, which costs least, and puts itself behind the node only then."""
+def _again(do: Tensor) -> None:
+    """Watches an output's gradient on its way into torch's own node, whose gradients have no derivative: where one is needed,
+    differentiable ones take their place behind it."""
+    if _differentiated_again(do):
+        assert compat.running_node is not None
+        node = compat.running_node()
+        if node.metadata.setdefault("fastattn", False) is False:
+            node.metadata["fastattn"] = node.register_hook(_instead)
 
-    __slots__ = ("call", "handle")
-    __torch_unserializable__ = True  # pickling the output cuts the graph: nothing to warn of
 
-    def __init__(self, *call: Any) -> None:
-        self.call, self.handle = call, None
+_again.__torch_unserializable__ = True  # type: ignore[attr-defined]  # pickling an output cuts the graph: nothing to warn of
 
-    def __call__(self, do: Any) -> None:
-        if _differentiated_again(do) and self.handle is None:
-            self.handle = compat.running_node().register_hook(self.instead)
 
-    def instead(self, grads: Any, cotangents: Any) -> Any:
-        handle, self.handle = self.handle, None
-        if handle is not None:
-            handle.remove()
-        if not _differentiated_again(cotangents[0]):
-            return None
-        with torch.no_grad():
-            out, lse = _computed(*self.call)
-        found = _long_backward(cotangents[0], out, lse, *self.call)
-        return tuple(None if old is None else new for old, new in zip(grads, found))
+def _instead(grads: Any, cotangents: Any) -> Any:
+    if not _differentiated_again(cotangents[0]):
+        return None
+    assert compat.running_node is not None
+    q, k, v, added, causal, scale, out, lse = compat.saved_by_fused_cpu_forward(compat.running_node())
+    found = _long_backward(cotangents[0], out, lse, q, k, v, added, causal, scale)
+    return tuple(None if old is None else new for old, new in zip(grads, found))
 
 
 def _differentiated_again(do: Any) -> bool:
