@@ -1,5 +1,6 @@
 """Python processes of their own: with another Triton in front of the installed one, or with a changed copy of the package."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -37,9 +38,38 @@ def copied(to, changes=()):
     return to
 
 
-def suite(package, *arguments, module=("pytest",), path=(), **environment):
-    """pytest over arguments, which are paths below tests/, with fastattn from the folder `package`."""
+def _selected(package, arguments):
+    """pytest's arguments for those of `suite`."""
     ini = f"pythonpath={package} {TESTS}"
     where = [str(TESTS / a) if a[0] != "-" else a for a in arguments]
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-o", ini)
-    return python("-m", *module, *options, *where, path=(*path, package), cwd=package, **environment)
+    return ["-q", "-x", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-o", ini, *where]
+
+
+def suite(package, *arguments, module=("pytest",), path=(), **environment):
+    """pytest over arguments, which are paths below tests/, with fastattn from the folder `package`."""
+    return python("-m", *module, *_selected(package, arguments), path=(*path, package), cwd=package, **environment)
+
+
+def forked_suite(package, *arguments, **environment):
+    """`suite` in a process that is forked off one which has imported torch, where that works: importing takes seconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return suite(package, *arguments, **environment)
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["pytest", "numpy", "torch"])  # no Triton, which asks the environment when it is imported
+    said = package / "said.txt"
+    child = forking.Process(target=_forked, args=(package, _selected(package, arguments), environment, said))
+    child.start()
+    child.join()
+    return subprocess.CompletedProcess(arguments, child.exitcode, said.read_text(), "")
+
+
+def _forked(package, arguments, environment, said):
+    import pytest
+
+    with said.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    os.chdir(package)
+    sys.path[:] = [str(package), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    sys.exit(pytest.main(arguments))

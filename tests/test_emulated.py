@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import ROOT, copied, suite
+from processes import ROOT, copied, forked_suite, suite
 from test_triton import needs_compiler
 
 import fastattn as fa
@@ -49,7 +49,8 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_stops_at(fault, tmp_path):
     *change, test, message = FAULTS[fault]
-    done = suite(copied(tmp_path, [change]), f"{SUITE}::{test}", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="", EMULATE="sm_90")
+    environment = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "EMULATE": "sm_90"}
+    done = forked_suite(copied(tmp_path, [change]), f"{SUITE}::{test}", **environment)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
     assert message in done.stdout, done.stdout[-3000:]
 

@@ -4,7 +4,7 @@ A change that moves the text a fault replaces fails here too, and says which tex
 """
 
 import pytest
-from processes import copied, suite
+from processes import copied, forked_suite
 from test_triton import needs_triton
 
 pytestmark = needs_triton
@@ -81,7 +81,7 @@ MUTANTS = {
 
 
 def run(package, *tests):
-    return suite(package, *tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    return forked_suite(package, *tests, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 def test_without_a_fault_they_pass(tmp_path):
