@@ -11,7 +11,19 @@ from .chain import apply_scores, pull_scores
 from .dropout import kept
 from .masks import row_spans
 from .shim import LOG2E, jit, kernel, tl
-from .tiles import dot_add, dot_rows, head_of, load_rows, mean_row, own_columns, owned, program_tile, rounded, store_rows
+from .tiles import (
+    dot_add,
+    dot_rows,
+    head_of,
+    load_rows,
+    mean_row,
+    own_columns,
+    owned,
+    program_tile,
+    rounded,
+    row_sums,
+    store_rows,
+)
 from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
@@ -29,7 +41,7 @@ def row_delta(
         low = load_rows(head_of(out_lo, b, h, strides[2]), q0, strides[2], 0, n_q, BLOCK_Q, DIM, PADDED, True)
         o += low.to(tl.float32)
     do_tile = load_rows(head_of(do, b, h, strides[0]), q0, strides[0], 0, n_q, BLOCK_Q, DIM, PADDED, True)
-    total = tl.sum(o * do_tile.to(tl.float32), 1)
+    total = row_sums(o, do_tile.to(tl.float32))
     if dlse is not None:
         total -= tl.load(dlse + (b * n_h + h) * n_q + q_idx, mask=ok, other=0.0)
     row = (b * n_h + h) * n_pad + q_idx

@@ -30,6 +30,7 @@ from .tiles import (
     owned,
     program_tile,
     rounded,
+    row_sums,
     slice_of,
     store_rows,
 )  # fmt: skip
@@ -116,7 +117,7 @@ def jvp_tiles(
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
-        mean += tl.sum(p * change, 1)
+        mean += row_sums(p, change)
         if FLAGS[7]:
             p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
         change = p * (change - shift[:, None])

@@ -22,6 +22,7 @@ from .tiles import (
     own_columns,
     program_tile,
     rounded,
+    row_sums,
     store_rows,
 )  # fmt: skip
 from .walk import key_tile, key_walk, middle_tile, run_of, seen_keys
@@ -89,7 +90,7 @@ def jvp2_tiles(
             some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
             if len(PREDICATES) > 0:
                 v, v1, v2 = tl.where(some, v, 0.0), tl.where(some, v1, 0.0), tl.where(some, v2, 0.0)
-        mean += tl.sum(p * (u2 * a1 + a12), 1)
+        mean += row_sums(p, u2 * a1 + a12)
         if FLAGS[7]:
             p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
         curvature = p * (u1 * u2 + a12)

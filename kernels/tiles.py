@@ -97,6 +97,13 @@ def mean_of(tile, first, lo, hi, ROWS: tl.constexpr):
 
 
 @jit
+def row_sums(a, b):
+    """Sums of a * b along the rows. Without + 0.0 each of a row's lanes would add its own product unrounded to the rounded one
+    of another lane, and they would disagree about the sum."""
+    return tl.sum(a * b + 0.0, 1)
+
+
+@jit
 def rounded(x, DTYPE: tl.constexpr):
     """float32 x in DTYPE, to nearest, half to even."""
     if UPCAST and tl.bfloat16 == DTYPE:  # the interpreter would cut the low bits off
