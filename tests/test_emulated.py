@@ -76,6 +76,11 @@ if triton_call.shim.PRESENT:
         tl.store(x, tl.program_id(0))
 
     @triton.jit
+    def passed_on(x, N: tl.constexpr):
+        at, here = tl.arange(0, N), tl.program_id(0)
+        tl.store(x + (1 - here) * N + at, tl.load(x + at) + 1)
+
+    @triton.jit
     def by_parts(x, y, N: tl.constexpr):
         at = tl.arange(0, N)
         if tl.load(x) > 0:
@@ -127,6 +132,14 @@ def test_blocks_that_write_one_word():
     run(counted, 1, torch.zeros(1, dtype=torch.int32))
     with pytest.raises(Fault, match="what another block writes"):
         run(counted, 2, torch.zeros(1, dtype=torch.int32))
+
+
+def test_a_block_writes_what_another_one_read():
+    x = torch.zeros(256, dtype=torch.int32)
+    run(passed_on, 1, x, 128)
+    assert x.tolist() == [0] * 128 + [1] * 128
+    with pytest.raises(Fault, match="a store to what another block reads"):
+        run(passed_on, 2, torch.zeros(256, dtype=torch.int32), 128)
 
 
 @pytest.mark.parametrize("arch", emulate.ARCHITECTURES)
@@ -207,3 +220,53 @@ def test_what_cannot_be_emulated_is_named():
         run(counted, 1, torch.zeros(1, dtype=torch.int32, device="meta"))
     with pytest.raises(ValueError, match=r"arch must be one of sm_80, .*, got 'sm_100'"), emulate.on("sm_100"):
         pass
+
+
+STORE, LOAD = "st.shared.b32 [%r2], %r1;", "ld.shared.b32 %r4, [%r3];"  # a thread's own place, that of another warp
+COPY = "cp.async.ca.shared.global [%r2], [%rd3], 4; cp.async.commit_group;"
+MULTIPLY = (
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r10, %r11, %r12, %r13}, %rd4, %rd5, 0, 1, 1, 0, 0;"
+    "wgmma.commit_group.sync.aligned;"
+)
+FENCE, BARRIER, COPIED = "fence.proxy.async.shared::cta;", "bar.sync 0;", "cp.async.wait_group 0;"
+MULTIPLIED = "wgmma.wait_group.sync.aligned 0;"
+NEEDED = {  # what comes before, what must stand between, what comes after, what is said without it
+    "a barrier before a load": (STORE, BARRIER, LOAD, "another warp wrote what is read"),
+    "a barrier before a store": (LOAD, BARRIER, STORE, "that another warp has read"),
+    "a barrier before another store": (STORE, BARRIER, "st.shared.b32 [%r3], %r1;", "another warp wrote something else"),
+    "a wait before a load": (COPY, COPIED, "ld.shared.b32 %r4, [%r2];", "read while a copy writes it"),
+    "a wait for the first of two copies": (
+        COPY + COPY.replace("%r2", "%r5"), "cp.async.wait_group 1;", "ld.shared.b32 %r4, [%r2];",
+        "read while a copy writes it"),
+    "a wait for both of two copies": (
+        COPY + COPY.replace("%r2", "%r5") + "cp.async.wait_group 1;", COPIED, "ld.shared.b32 %r4, [%r5];",
+        "read while a copy writes it"),
+    "a wait before a store": (COPY, COPIED, STORE, "written while a copy writes it"),
+    "a barrier after a wait": (COPY + COPIED, BARRIER, LOAD, "another warp wrote what is read"),
+    "a barrier before a copy": (LOAD, BARRIER, COPY, "that another warp has read"),
+    "a fence before a product": (STORE, FENCE, BARRIER + MULTIPLY, "no fence of its proxy"),
+    "a barrier before a product": (STORE + FENCE, BARRIER, MULTIPLY, "a product reads what was written"),
+    "a wait before a product": (COPY, COPIED + BARRIER, MULTIPLY, "a product reads shared memory while a copy"),
+    "a wait before a product's operand is written": (MULTIPLY, MULTIPLIED, BARRIER + STORE, "while a product reads it"),
+    "a barrier before a product's operand is written": (MULTIPLY + MULTIPLIED, BARRIER, STORE, "that another warp has read"),
+    "a wait before a result": (MULTIPLY, MULTIPLIED, "add.f32 %r4, %r10, %r11;", "used before its wait"),
+    "a wait before a result that was moved": (MULTIPLY + "mov.b32 %r6, %r10;", MULTIPLIED, "add.f32 %r4, %r6, %r6;",
+                                              "used before its wait"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_order_in_shared_memory(name):
+    before, needed, after, message = NEEDED[name]
+    x = torch.zeros(128, dtype=torch.int32)
+
+    def launch(body):
+        Program(f""".visible .entry f(.param .u64 f_param_0) .reqntid 128 {{
+            ld.param.u64 %rd1, [f_param_0]; mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; xor.b32 %r3, %r2, 128;
+            add.s32 %r5, %r2, 512; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2;
+            mov.b64 %rd4, {8 << 16 | 16 << 32}; mov.b64 %rd5, {2048 >> 4 | 8 << 16 | 16 << 32};
+            {body} ret; }}""").launch((1,), [x.data_ptr()], 4096, Memory({x.data_ptr(): 512}))
+
+    launch(before + needed + after)
+    with pytest.raises(Fault, match=message):
+        launch(before + after)

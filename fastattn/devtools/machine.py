@@ -1,8 +1,9 @@
 """A block of threads as PTX sees it, all of them in lockstep on the CPU: memories, lanes and matrix instructions.
 
 A register is an array with an element per thread: uint16, uint32 or uint64, whatever it means, or bool. Every access is held
-against the bounds of the tensors that the launch was given, against its alignment, and, in global memory, against what others
-wrote: another block, or another thread of this one since the last barrier. What is asynchronous on a GPU is done at once.
+against the bounds of the tensors that the launch was given, against its alignment, and against what others do: in global
+memory other blocks, and what other threads of this one wrote since the last barrier; in shared memory other warps, and what is
+asynchronous (order.py). That is done at once, and whatever comes before its wait is a fault.
 """
 
 from __future__ import annotations
@@ -11,16 +12,11 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from .order import LANES, Array, Fault, InFlight, Order
+
 UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-LANES = 32
 GROUP = 128  # threads of a warp group
-
-
-class Fault(RuntimeError):
-    """What a GPU would not do, or not always: an access out of bounds, one that is not aligned, a race, a branch in a warp."""
 
 
 class Region:
@@ -31,6 +27,18 @@ class Region:
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
         self.words = {width: memory[: size // width * width].view(dtype) for width, dtype in UINT.items()}
         self.written: Array | None = None  # by byte: the block, barriers and thread of its last write
+        self.readers: Array | None = None  # by byte: the block that read it, -1 for several
+
+    def read(self, block: int, offset: Array, size: int) -> None:
+        if self.readers is None:
+            self.readers = np.zeros(self.size, np.int32)
+        for i in range(size):
+            before = self.readers[offset + i]
+            self.readers[offset + i] = np.where((before == 0) | (before == block), block, -1)
+
+    def read_by_others(self, block: int, offset: Array, size: int) -> bool:
+        readers = self.readers
+        return readers is not None and any(not np.isin(readers[offset + i], (0, block)).all() for i in range(size))
 
 
 class Memory:
@@ -63,14 +71,15 @@ class Memory:
 
 
 class Block:
-    """One block of a grid while it runs."""
+    """One block of a grid while it runs; cell: bytes of the smallest access to shared memory."""
 
-    def __init__(self, number: int, threads: int, shared_bytes: int, memory: Memory) -> None:
+    def __init__(self, number: int, threads: int, shared_bytes: int, cell: int, memory: Memory) -> None:
         self.number, self.threads, self.memory, self.shared_bytes = number + 1, threads, memory, shared_bytes
         shared = np.zeros(-(-shared_bytes // 16) * 16 + 16, np.uint8)
         self.shared = {width: shared.view(dtype) for width, dtype in UINT.items()}
-        self.thread = np.arange(threads)
+        self.thread: Array = np.arange(threads)
         self.barriers = 0
+        self.order = Order(shared_bytes, threads, cell)
 
     # Memory. `on`: for which threads an instruction is executed, None for all of them; at: addresses.
 
@@ -80,6 +89,7 @@ class Block:
         thread = self.thread if on is None else self.thread[on]
         for region, mine, offset in self.memory.find(at[thread], width * count) if len(thread) else ():
             self._ordered(region, offset, width * count, thread[mine], True)
+            region.read(self.number, offset, width * count)
             for i, word in enumerate(out):
                 word[thread[mine]] = region.words[width][offset // width + i]
         return out
@@ -90,6 +100,8 @@ class Block:
             if region.written is None:
                 region.written = np.zeros(region.size, np.int64)
             self._ordered(region, offset, width * len(words), thread[mine], False)
+            if region.read_by_others(self.number, offset, width * len(words)):
+                raise Fault("a store to what another block reads")
             for i, word in enumerate(words):
                 region.words[width][offset // width + i] = word[thread[mine]]
             for i in range(width * len(words)):
@@ -110,16 +122,23 @@ class Block:
     def load_shared(self, at: Array, width: int, count: int, on: Array | None) -> list[Array]:
         thread = self.thread if on is None else self.thread[on]
         offset = self._inside(at[thread], width * count)
+        self.order.reads(thread // LANES, self.order.cells(offset, width * count))
         out = [np.zeros(self.threads, UINT[width]) for _ in range(count)]
         for i, word in enumerate(out):
             word[thread] = self.shared[width][offset // width + i]
         return out
 
-    def store_shared(self, at: Array, words: list[Array], width: int, on: Array | None) -> None:
+    def store_shared(self, at: Array, words: list[Array], width: int, on: Array | None, copied: bool = False) -> None:
         thread = self.thread if on is None else self.thread[on]
         offset = self._inside(at[thread], width * len(words))
-        for i, word in enumerate(words):
-            self.shared[width][offset // width + i] = word[thread]
+        where = [(offset // width + i, word[thread]) for i, word in enumerate(words)]
+        differs = lambda: np.any([self.shared[width][i] != word for i, word in where], axis=0)
+        changed = np.ones(len(thread), bool) if copied else differs()
+        self.order.writes(thread // LANES, self.order.cells(offset, width * len(words)), changed, copied)
+        for i, word in where:
+            self.shared[width][i] = word
+        if differs().any():
+            raise Fault("two threads write different words to one place of shared memory")
 
     def copy(self, to: Array, at: Array, size: int, bytes_read: Array | None, on: Array | None) -> None:
         """cp.async of `size` bytes, of which none are read, and 0 written, where bytes_read says so."""
@@ -129,7 +148,7 @@ class Block:
             raise Fault("cp.async that reads a part of its bytes is not known here")
         width = min(size, 8)
         words = self.load(at, width, size // width, some)
-        self.store_shared(to, words, width, on)
+        self.store_shared(to, words, width, on, copied=True)
 
     def _inside(self, at: Array, size: int) -> Array:
         at = at.astype(np.int64)
@@ -142,6 +161,7 @@ class Block:
     def wait(self) -> None:
         """A barrier of the block."""
         self.barriers += 1
+        self.order.barrier()
 
     def all_or_none(self, on: Array) -> bool:
         """Whether all threads go another way, where it must be all or none."""
@@ -164,16 +184,18 @@ class Block:
 
     # Matrices: PTX ISA, "Warp Level Matrix Multiply-Accumulate" and "Asynchronous Warpgroup Level Matrix Instructions"
 
-    def _rows(self, at: Array, warp: int, i: int) -> Array:
-        """Indices of the 8 x 8 elements of 2 bytes whose rows' addresses eight lanes of a warp hold."""
-        rows = at[warp * LANES + 8 * i : warp * LANES + 8 * i + 8]
-        return self._inside(rows, 16)[:, None] // 2 + np.arange(8)
+    def _rows(self, at: Array, warp: int, i: int) -> tuple[Array, Array, Array]:
+        """(indices of the 8 x 8 elements of 2 bytes whose rows' addresses eight lanes of a warp hold, the warp, its cells)"""
+        rows = self._inside(at[warp * LANES + 8 * i : warp * LANES + 8 * i + 8], 16)
+        return rows[:, None] // 2 + np.arange(8), np.full(8, warp), self.order.cells(rows, 16)
 
     def load_matrices(self, at: Array, count: int, transposed: bool) -> list[Array]:
         out = [np.zeros(self.threads, np.uint32) for _ in range(count)]
         for warp in range(self.threads // LANES):
             for i, register in enumerate(out):
-                found = self.shared[2][self._rows(at, warp, i)]
+                where, warps, cells = self._rows(at, warp, i)
+                self.order.reads(warps, cells)
+                found = self.shared[2][where]
                 found = np.ascontiguousarray(found.T if transposed else found)
                 register[warp * LANES : (warp + 1) * LANES] = found.view(np.uint32).reshape(-1)
         return out
@@ -182,7 +204,11 @@ class Block:
         for warp in range(self.threads // LANES):
             for i, register in enumerate(registers):
                 found = register[warp * LANES : (warp + 1) * LANES].copy().view(np.uint16).reshape(8, 8)
-                self.shared[2][self._rows(at, warp, i)] = found.T if transposed else found
+                found = found.T if transposed else found
+                where, warps, cells = self._rows(at, warp, i)
+                changed = (self.shared[2][where] != found).any(1)
+                self.order.writes(warps, cells, changed)
+                self.shared[2][where] = found
 
     def multiply(self, a: list[Array], b: list[Array], c: list[Array], dtype: str) -> list[Array]:
         """mma.m16n8k16: a (16, 16) times b (16, 8) plus c, for every warp."""
@@ -202,12 +228,13 @@ class Block:
         return [(x + old.view(np.float32)).astype(np.float32).view(np.uint32) for x, old in zip(sums, c, strict=True)]
 
     def multiply_group(
-        self, n: int, dtype: str, d: list[Array], a: list[Array] | Array, b: Array, add: Array, signs: tuple[int, int],
+        self, n: int, dtype: str, d: list[Any], a: list[Array] | Array, b: Array, add: Array, signs: tuple[int, int],
         transposed: tuple[bool, bool],
-    ) -> list[Array]:  # fmt: skip
+    ) -> list[InFlight]:  # fmt: skip
         """wgmma.m64nNk16: a (64, 16), in registers or shared memory, times b (16, n), plus d where `add`; by warp groups."""
         local = np.arange(GROUP)
         row, pair = local // LANES * 16 + local % LANES // 4, local % 4 * 2
+        d = [x.value if type(x) is InFlight else x for x in d]
         out = [x.copy() for x in d]
         for first in range(0, self.threads, GROUP):
             own = slice(first, first + GROUP)
@@ -218,15 +245,16 @@ class Block:
                     for j in range(2):
                         left[row + i % 2 * 8, pair + i // 2 * 8 + j] = x[:, j]
             else:
-                left = self._described(a[own], 64, dtype, transposed[0])
-            product = left @ self._described(b[own], n, dtype, transposed[1]).T * (signs[0] * signs[1])
+                left = self._described(a[own], first, 64, dtype, transposed[0])
+            product = left @ self._described(b[own], first, n, dtype, transposed[1]).T * (signs[0] * signs[1])
             for i, (new, old) in enumerate(zip(out, d, strict=True)):
                 x = product[row + i // 2 % 2 * 8, i // 4 * 8 + pair + i % 2]
                 new[own] = np.where(add[own], x + old[own].view(np.float32), x).astype(np.float32).view(np.uint32)
-        return out
+        return [InFlight(x, self.order.products[-1]) for x in out]
 
-    def _described(self, descriptors: Array, rows: int, dtype: str, transposed: bool) -> Array:
-        """The (rows, 16) elements that a matrix descriptor names; transposed: rows are what is contiguous."""
+    def _described(self, descriptors: Array, first: int, rows: int, dtype: str, transposed: bool) -> Array:
+        """The (rows, 16) elements that a matrix descriptor names, to the warp group from thread `first` on; transposed: rows
+        are what is contiguous."""
         word = int(descriptors[0])
         if (descriptors != descriptors[0]).any():
             raise Fault("the threads of a warp group name different matrices")
@@ -244,6 +272,7 @@ class Block:
         at = at ^ (at >> 7 & width // 16 - 1) << 4
         if at.max() + 2 > self.shared_bytes:
             raise Fault(f"a matrix reaches to {at.max()} in shared memory, of which there are {self.shared_bytes} bytes")
+        self.order.multiplies(slice(first // LANES, (first + GROUP) // LANES), np.unique(at // self.order.cell))
         return halves(self.shared[2][at // 2], dtype)
 
 

@@ -25,7 +25,7 @@ OF_ONE = {  # functions of one number
     "sqrt": "np.sqrt({})", "rsqrt": "1 / np.sqrt({})",
 }  # fmt: skip
 ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
-IDLE = ("fence", "membar", "cp.async.commit", "cp.async.wait", "bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait")
+IDLE = ("membar", "bar.warp", "wgmma.fence")
 PLAIN = re.compile(  # arithmetic, of the types that are known; that of a conversion's result is looked at with it
     rf"({'|'.join(OF_ONE)}|add|and|bfe|div|fma|mad|max|min|mov|mul|not|or|popc|prmt|rem|selp|setp|shl|shr|sub|xor)"
     r"(?!.*\.(sat|cc)\b).*\.(pred|f32|[bsu](16|32|64))|cvt(\.r[nzmp]i?)?(\.(f32|b?f16(x2)?|[su](8|16|32|64))){2}"
@@ -95,6 +95,7 @@ class Program:
         self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])  # type: ignore[index]
         self.params = re.findall(r"\.param [^,)]*?(\w+_param_\d+)", text.split(".reqntid")[0])
         self.statements, labels = statements(text)
+        self.cell = min((width for one in self.statements for width in _widths(one)), default=4)
         self.source = _Writer(self.statements, labels).source()
         names: dict[str, Any] = {"np": np, **HELPERS}
         exec(compile(self.source, "<ptx>", "exec"), names)
@@ -113,7 +114,7 @@ class Program:
         for number in range(full[0] * full[1] * full[2]):
             at = number % full[0], number // full[0] % full[1], number // full[0] // full[1]
             place = [np.full(self.threads, x, np.uint32) for x in at]
-            block = Block(number, self.threads, shared_bytes, memory)
+            block = Block(number, self.threads, shared_bytes, self.cell, memory)
             current = [0]
             try:
                 self.function(block, values, tid, place, current)
@@ -133,6 +134,7 @@ class _Writer:
         self.labels = labels
         self.constants: dict[tuple[int, int], str] = {}
         self.joins: dict[int, list[tuple[int, list[str]]]] = {}  # by statement: branches that lead there, what they skip
+        self.in_flight = _in_flight(found)
 
     def source(self) -> str:
         blocks = []
@@ -262,7 +264,16 @@ class _Writer:
         at, words = self.address(one.operands[0], 32 if shared else 64), self.several(one.operands[1], bits)
         return [f"B.store{'_shared' * shared}({at}, {words}, {bits // 8}, {self.on(one)})"]
 
+    def _fence(self, one: Statement, parts: list[str]) -> list[str]:
+        return ["B.order.fence()"] if parts[:3] == ["fence", "proxy", "async"] else ["pass"]
+
     def _cp(self, one: Statement, parts: list[str]) -> list[str]:
+        if parts[2] == "commit_group":
+            return ["B.order.commit_copies()"]
+        if parts[2] == "wait_group":
+            return [f"B.order.wait_copies({int(one.operands[0])})"]
+        if parts[2] not in ("ca", "cg"):
+            raise NotImplementedError(one.opcode)
         to, at, size, *some = one.operands
         read = self.read(some[0], 32) if some else "None"
         return [f"B.copy({self.address(to, 32)}, {self.address(at, 64)}, {int(size, 0)}, {read}, {self.on(one)})"]
@@ -283,6 +294,10 @@ class _Writer:
         return self.write_several(one, f"B.multiply({a}, {b}, {c}, {parts[-2]!r})", "b32")
 
     def _wgmma(self, one: Statement, parts: list[str]) -> list[str]:
+        if parts[1] == "commit_group":
+            return ["B.order.commit_products()"]
+        if parts[1] == "wait_group":
+            return [f"B.order.wait_products({one.operands[0]})", *(f"{x} = B.order.landed({x})" for x in self.in_flight)]
         size = re.fullmatch(r"m64n(\d+)k16", parts[4])
         if size is None:
             raise NotImplementedError(one.opcode)
@@ -399,6 +414,26 @@ class _Writer:
         if part == "hi":
             return f"({whole} >> {bits}).astype({_dtype(bits)})", bits
         return f"{whole}.astype({_dtype(2 * bits)})", 2 * bits
+
+
+def _widths(one: Statement) -> list[int]:
+    """Bytes of an instruction's single access to shared memory."""
+    if one.opcode.startswith(("ld.shared", "st.shared")):
+        return [bits_of(one.opcode.split(".")[-1]) // 8]
+    if one.opcode.startswith(("cp.async.ca", "cp.async.cg")):
+        return [int(one.operands[2], 0)]
+    return [2] if one.opcode.startswith(("wgmma.mma", "ldmatrix", "stmatrix")) else []
+
+
+def _in_flight(found: list[Statement]) -> list[str]:
+    """The registers, in Python, that may hold what a product has yet to give."""
+    names = {x for one in found if one.opcode.startswith("wgmma.mma") for x in members(one.operands[0])}
+    moved = [one.operands for one in found if one.opcode.startswith("mov.b32")]
+    size = -1
+    while size < len(names):
+        size = len(names)
+        names |= {to for to, x in moved if x in names}
+    return sorted(map(register, names))
 
 
 def _dtype(bits: int) -> str:
