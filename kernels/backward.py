@@ -105,7 +105,7 @@ def dq_tiles(
         x = w * (dp - delta[:, None])
         k_tile = own_columns(k_tile, DIMS[0], DIMS[1])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
             x = tl.where(seen, x, 0.0)
             if len(PREDICATES) > 0:
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)

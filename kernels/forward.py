@@ -39,7 +39,7 @@ def forward_tiles(
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], SCORES)  # [BLOCK_Q, BLOCK_K]
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
             s = tl.where(seen, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)

@@ -102,7 +102,7 @@ def gradient_tile(
         hides = any_hidden | (FLAGS[9] == 2)
     if some:
         if hides:
-            seen = predicates(seen, data[0], at, near_q, near_k, PREDICATES)
+            seen = predicates(seen, data[0], at, near_q, near_k, FLAGS, PREDICATES)
         q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], RAGGED)
         k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
         k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], RAGGED)

@@ -112,7 +112,7 @@ def jvp_tiles(
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         v_tile, tv_tile = own_columns(v_tile, DIMS[2], DIMS[3]), own_columns(tv_tile, DIMS[2], DIMS[3])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
@@ -235,7 +235,7 @@ def dq_jvp_tiles(
             tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]

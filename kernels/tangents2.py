@@ -84,7 +84,7 @@ def jvp2_tiles(
         v, v1 = own_columns(v, DIMS[2], DIMS[3]), own_columns(v1, DIMS[2], DIMS[3])
         v2 = own_columns(v2, DIMS[2], DIMS[3])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
             p, a1, a12 = tl.where(seen, p, 0.0), tl.where(seen, a1, 0.0), tl.where(seen, a12, 0.0)
             u1, u2 = tl.where(seen, u1, 0.0), tl.where(seen, u2, 0.0)
             some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]

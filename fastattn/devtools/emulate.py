@@ -19,8 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from ..backends import triton_call
-from .machine import Memory
-from .offline import Recorded, compiled, flat_arguments, require_compiler, variant
+from .machine import Fault, Memory
+from .offline import Recorded, compiled, flat_arguments, miscounted, require_compiler, variant
 from .ptx import Program
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
@@ -47,6 +47,8 @@ def on(arch: str) -> Iterator[None]:
         key = variant(launch, arch)
         if key not in programs:
             binary = compiled(launch, arch)
+            if wrong := miscounted(binary.asm["ttgir"]):
+                raise Fault(f"{launch.kernel.__name__}: {wrong}")
             programs[key] = Program(binary.asm["ptx"]), binary.metadata.shared
         program, shared_bytes = programs[key]
         scratch = [0, 0]  # the last two parameters, which no kernel of this project uses

@@ -53,7 +53,7 @@ class Report(NamedTuple):
     loop_spills: int  # accesses to it in the loops that hold the products
     shared: int  # bytes
     products: int  # matrix instructions
-    warning: str = ""  # the assembler's, where it made asynchronous products wait for each other
+    warning: str = ""  # the assembler's, where it made asynchronous products wait for each other, or `miscounted`
 
     def __str__(self) -> str:
         return (
@@ -187,7 +187,8 @@ def inspect(launch: Recorded, arch: str) -> Inspection:
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     seen = Report(
         *name, found.get("REG", 0), found.get("STACK", 0) + found.get("LOCAL", 0), sass.loop_spills(code),
-        binary.metadata.shared, sum(one.is_product for one in code), serialised(log),
+        binary.metadata.shared, sum(one.is_product for one in code),
+        serialised(log) or miscounted(binary.asm["ttgir"]),
     )  # fmt: skip
     specialised = any(one.name.startswith("USETMAXREG") for one in code)  # warp groups run loops of their own
     loops, end = [], 0
@@ -223,6 +224,18 @@ def serialised(log: str) -> str:
     return lines[0] if lines else ""
 
 
+def miscounted(ttgir: str) -> str:
+    """A product that Triton for NVIDIA (up to 3.8) gets wrong, or nothing: four lanes with kWidth elements each share a row of
+    an operand, and where it has fewer, some count twice and others not at all (Triton's pull request 11691)."""
+    operand = r"tensor<([\dx]+)x\w+, #ttg\.dot_op<\{opIdx = ([01]), parent = [^,]+, kWidth = (\d+)\}>>"
+    for line in ttgir.splitlines():
+        for shape, index, width in re.findall(operand, line) if re.search(r"\.dot |_dot ", line) else ():
+            inner = int(shape.split("x")[-1 - int(index)])
+            if 4 * int(width) > inner:
+                return f"a product over {inner} elements has operands for {4 * int(width)}: it would be wrong"
+    return ""
+
+
 def _amd(assembly: str, shared: int) -> tuple[int, int, int, int, int]:
     """Registers, scratch memory, accesses to it (all of them, in loops or not), shared memory and matrix instructions."""
     facts = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly)}
@@ -252,6 +265,7 @@ def calls(everything: bool = False) -> dict[str, dict[str, Any]]:
         found["gradients of slopes"] = {"chain": True, "params": True}
         found["dense"] = {"mask": masks.Dense(torch.ones(1024, 1024, dtype=torch.bool))}
         found["dropout"] = {"dropout": 0.1}
+        found["dense, dropout"] = {"mask": found["dense"]["mask"], "dropout": 0.1}
     return found
 
 

@@ -96,9 +96,15 @@ def test_nothing_is_looked_up_beyond_the_last_key(what):
     check(problem(fa.Full(), (score,), n_q=n_q, n_k=n_k, coords=coords))
 
 
-def test_one_tangent():
-    """Forward mode and the tangent of the backward in bf16."""
-    p = problem(MASKS["window"](1, 2, 70, 99), cases.SCORES["softcap"](1, 2, 70, 99, None), n_q=70, n_k=99)
+TANGENTS = {"window": (torch.bfloat16, 0.0), "dense": (torch.float16, 0.3)}
+
+
+@pytest.mark.parametrize("mask", TANGENTS)
+def test_one_tangent(mask):
+    """Forward mode and the tangent of the backward. Bytes and dropout's words decide how the compiler lays out weights."""
+    dtype, dropout = TANGENTS[mask]
+    n_q, n_k = (70, 99) if mask == "window" else (19, 40)
+    p = problem(MASKS[mask](1, 2, n_q, n_k), cases.SCORES["softcap"](1, 2, n_q, n_k, None), dtype, dropout, n_q=n_q, n_k=n_k)
     t = Tangents(*(random_like(x, i) for i, x in enumerate((p.q, p.k, p.v))), [], None)
     wide, t64 = widened(p), Tangents(t.q.double(), t.k.double(), t.v.double(), [], None)
     saved, saved64 = triton.forward(p, True), tiled.forward(wide, True)
