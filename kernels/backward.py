@@ -100,12 +100,12 @@ def dq_tiles(
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         dp = dot_rows(do, v_tile, DIMS[2], DIMS[3], PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         x = w * (dp - delta[:, None])
         k_tile = own_columns(k_tile, DIMS[0], DIMS[1])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             x = tl.where(seen, x, 0.0)
             if len(PREDICATES) > 0:
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
@@ -232,7 +232,7 @@ def dkdv_tiles(
             seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
             p = tl.where(seen, p, 0.0)
         if FLAGS[7]:
-            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, PREDICATES, True)
             p = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         dv = dot_add(rounded(p, do_tile.dtype), do_tile, dv, PRECISION)

@@ -39,7 +39,7 @@ def forward_tiles(
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], SCORES)  # [BLOCK_Q, BLOCK_K]
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             s = tl.where(seen, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -52,7 +52,7 @@ def forward_tiles(
         weights = rounded(p, v_tile.dtype)
         out_sum = out_sum * alpha + tl.sum(weights.to(tl.float32), 1)
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False)
             weights = tl.where(keep, weights, 0.0)
         acc = dot_add(weights, v_tile, acc * alpha[:, None], PRECISION)
         row_max = new_max

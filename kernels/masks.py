@@ -147,25 +147,8 @@ def always(b, h, q_idx, k_idx):
 
 
 @jit
-def predicates(seen, mask, at, q_idx, k_idx, FLAGS: tl.constexpr, PREDICATES: tl.constexpr):
-    """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape.
-
-    The branch is always taken, and gone in the end. Without it Triton (up to 3.8) takes the weights of a product for converted
-    from the bytes that predicates load, and lays them out for that. They go through shared memory then, and together with
-    dropout they are wrong where a product is over 16 elements, of which some count twice and others not at all. With dropout
-    and larger tiles, where they are right, the branch would have dropout's words computed in several layouts.
-    """
-    if FLAGS[7] and seen.shape[0] > 16 and seen.shape[1] > 16:
-        seen = looked_up(seen, mask, at, q_idx, k_idx, PREDICATES)
-    elif len(PREDICATES) > 0:  # noqa: SIM102 (decided when compiling, unlike what follows)
-        if (tl.program_id(0) & 1) < 2:
-            seen = looked_up(seen, mask, at, q_idx, k_idx, PREDICATES)
-    return seen
-
-
-@jit
-def looked_up(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
-    """`predicates` as they stand."""
+def predicates(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
+    """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape."""
     seen = shown(seen, mask, at[4], at[5], q_idx, k_idx, PREDICATES)
     for i in tl.static_range(len(PREDICATES)):
         if PREDICATES[i] is not None:

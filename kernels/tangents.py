@@ -112,14 +112,14 @@ def jvp_tiles(
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         v_tile, tv_tile = own_columns(v_tile, DIMS[2], DIMS[3]), own_columns(tv_tile, DIMS[2], DIMS[3])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
         mean += row_sums(p, change)
         if FLAGS[7]:
-            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
+            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False), p, 0.0)
         change = p * (change - shift[:, None])
         weight = rounded(change, v_tile.dtype)
         off += tl.sum(weight.to(tl.float32) - change, 1)
@@ -228,14 +228,14 @@ def dq_jvp_tiles(
             tdp = dot_rows_add(tdo, v_tile, tdp, DIMS[2], DIMS[3], PRECISION)
         k_tile, tk_tile = own_columns(k_tile, DIMS[0], DIMS[1]), own_columns(tk_tile, DIMS[0], DIMS[1])
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         _, _, x, tx = tangent_tile(
             product, change, dp, tdp, lse2[:, None], tlse[:, None], delta[:, None], tdelta[:, None], at, scale, data[2],
             tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
             if len(PREDICATES) > 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
@@ -337,7 +337,7 @@ def dkdv_jvp_tiles(
         do_tile = own_columns(do_tile, DIMS[2], DIMS[3])
         q_tile, tq_tile = own_columns(q_tile, DIMS[0], DIMS[1]), own_columns(tq_tile, DIMS[0], DIMS[1])
         if FLAGS[7]:
-            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, PREDICATES, True)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         p, pu, x, tx = tangent_tile(
             product, change, dp, tdp, tl.load(lse2 + q_idx)[None, :], tl.load(tlse + q_idx)[None, :],

@@ -84,7 +84,7 @@ def jvp2_tiles(
         v, v1 = own_columns(v, DIMS[2], DIMS[3]), own_columns(v1, DIMS[2], DIMS[3])
         v2 = own_columns(v2, DIMS[2], DIMS[3])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, FLAGS, PREDICATES)
+            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
             p, a1, a12 = tl.where(seen, p, 0.0), tl.where(seen, a1, 0.0), tl.where(seen, a12, 0.0)
             u1, u2 = tl.where(seen, u1, 0.0), tl.where(seen, u2, 0.0)
             some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
@@ -92,7 +92,7 @@ def jvp2_tiles(
                 v, v1, v2 = tl.where(some, v, 0.0), tl.where(some, v1, 0.0), tl.where(some, v2, 0.0)
         mean += row_sums(p, u2 * a1 + a12)
         if FLAGS[7]:
-            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
+            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False), p, 0.0)
         curvature = p * (u1 * u2 + a12)
         weight = rounded(curvature, v.dtype)
         off += tl.sum(weight.to(tl.float32) - curvature, 1)

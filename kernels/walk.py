@@ -93,11 +93,11 @@ def key_tile(step, run, rows, call, FLAGS: tl.constexpr, BLOCK: tl.constexpr, MA
 
 
 @jit
-def seen_keys(k_idx, at, rows, call, FLAGS: tl.constexpr, PREDICATES: tl.constexpr):
+def seen_keys(k_idx, at, rows, call, PREDICATES: tl.constexpr):
     """Which pairs of a key tile are visible. # [BLOCK_Q, BLOCK_K]"""
     seen = (k_idx[None, :] >= rows[1][:, None]) & (k_idx[None, :] < rows[2][:, None])
     near = tl.minimum(k_idx, call[1][1] - 1)
-    return predicates(seen, call[0][0], at, rows[0][:, None], near[None, :], FLAGS, PREDICATES)
+    return predicates(seen, call[0][0], at, rows[0][:, None], near[None, :], PREDICATES)
 
 
 @jit
@@ -118,4 +118,4 @@ def seen_queries(q_idx, at, columns, call, FLAGS: tl.constexpr, PREDICATES: tl.c
     start, stop = row_spans(call[0][0], columns[1], columns[2], columns[3], q_idx, q_idx < n_q, call[1], FLAGS)
     seen = (columns[0][:, None] >= start[None, :]) & (columns[0][:, None] < stop[None, :])
     near, near_k = tl.minimum(q_idx, n_q - 1), tl.minimum(columns[0], call[1][1] - 1)
-    return predicates(seen, call[0][0], at, near[None, :], near_k[:, None], FLAGS, PREDICATES)
+    return predicates(seen, call[0][0], at, near[None, :], near_k[:, None], PREDICATES)
