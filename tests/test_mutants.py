@@ -33,7 +33,7 @@ MUTANTS = {
     "dropout offset of the row pass": ("forward.py", "at, k0 + size[5],", "at, k0,",
                                        FEATURES + "test_dropout_bits_are_those_of_the_cpu[4]"),
     "dropout offset of the backward": ("backward.py", "at, k0 + size[5],", "at, k0,",
-                                       FEATURES + "test_coordinates[0.3-offsets]"),
+                                       FEATURES + "test_dropout_bits_are_those_of_the_cpu[4]"),
     "a word of dropout": ("dropout.py", "tl.interleave(w0, w2), tl.interleave(w1, w3)",
                           "tl.interleave(w0, w1), tl.interleave(w2, w3)",
                           FEATURES + "test_dropout_bits_are_those_of_the_cpu[0]"),
