@@ -28,8 +28,8 @@ def kept(
     """Which weights stay. `at` is the place of a tile [BLOCK_Q, BLOCK_K], or of its transpose with COLUMNS; its first key
     coordinate is k_first where keys are consecutive.
 
-    Where predicates may load bytes, tiles of 16 take a call for every key: Triton (up to 3.8) lays the weights of a product out
-    for the narrowest load behind them, halves that where tiles are interleaved, and then counts some of 16 elements twice.
+    Where predicates may load bytes, tiles of 16 take a call for every key: Triton (before 3.8) lays the weights of a product
+    out for the narrowest load behind them, halves that where tiles are interleaved, and counts some of 16 elements twice.
     """
     limit = tl.full([1, 1], dropout[2], tl.uint32)
     if FLAGS[8] and (len(PREDICATES) == 0 or (BLOCK_Q > 16 and BLOCK_K > 16)):

@@ -153,16 +153,18 @@ def test_a_block_writes_what_another_one_read():
 
 
 def test_a_product_that_triton_gets_wrong_is_refused(monkeypatch):
-    """Once it gets it right, this fails, and kernels/dropout.py may interleave again wherever tiles have 16 elements."""
+    """By versions before 3.8; then kernels/dropout.py may interleave wherever tiles have 16 elements."""
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(16, 16, generator=g).half() for _ in range(2))
     mask, out = torch.randint(0, 2, (2, 16, 8), generator=g).to(torch.int8), torch.zeros(16, 16)
     exact = torch.where(torch.stack(tuple(mask), -1).reshape(16, 16) != 0, x, 0).float() @ y.float()
-    with pytest.raises(Fault, match="masked_product: a product over 16 elements has operands for 32"):
-        run(masked_product, 1, x, mask, y, out)
-    monkeypatch.setattr(emulate, "miscounted", lambda ttgir: "")
+    if wrong := tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        with pytest.raises(Fault, match="masked_product: a product over 16 elements has operands for 32"):
+            run(masked_product, 1, x, mask, y, out)
+        monkeypatch.setattr(emulate, "miscounted", lambda ttgir: "")
     run(masked_product, 1, x, mask, y, out)
-    assert (out - exact).norm() > 0.5 * exact.norm()
+    error = (out - exact).norm() / exact.norm()
+    assert error > 0.5 if wrong else error < 1e-3
 
 
 @pytest.mark.parametrize("arch", emulate.ARCHITECTURES)
