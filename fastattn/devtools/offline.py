@@ -226,7 +226,7 @@ def serialised(log: str) -> str:
 
 def miscounted(ttgir: str) -> str:
     """A product that Triton for NVIDIA (before 3.8) gets wrong, or nothing: four lanes with kWidth elements each share a row of
-    an operand, and where it has fewer, some count twice and others not at all (Triton's pull request 11691)."""
+    an operand, and where it has fewer, some count twice and others not at all."""
     operand = r"tensor<([\dx]+)x\w+, #ttg\.dot_op<\{opIdx = ([01]), parent = [^,]+, kWidth = (\d+)\}>>"
     for line in ttgir.splitlines():
         for shape, index, width in re.findall(operand, line) if re.search(r"\.dot |_dot ", line) else ():
