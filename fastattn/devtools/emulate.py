@@ -33,6 +33,7 @@ def on(arch: str) -> Iterator[None]:
     Raises:
         ValueError: Triton is missing or interprets, or the architecture is not one of ARCHITECTURES; later, from a launch:
             a tensor is not on the CPU.
+        Fault: from a launch, what a GPU would not do or not always, or a product that Triton gets wrong.
     """
     require_compiler()
     if arch not in ARCHITECTURES:

@@ -105,7 +105,7 @@ class Program:
         """Run all blocks of a grid, one after another; params: the bits of the kernel's parameters.
 
         Raises:
-            Fault: an access out of bounds, one that is not aligned, a race in global memory, or a branch inside of a warp.
+            Fault: an access out of bounds, one that is not aligned, a race, something before its wait, or a branch in a warp.
         """
         values = dict(zip(self.params, params, strict=True))
         tid = np.arange(self.threads, dtype=np.uint32)

@@ -103,8 +103,9 @@ TANGENTS = {"window": (torch.bfloat16, 0.0), "dense": (torch.float16, 0.3)}
 def test_one_tangent(mask):
     """Forward mode and the tangent of the backward. Bytes and dropout's words decide how the compiler lays out weights."""
     dtype, dropout = TANGENTS[mask]
-    n_q, n_k = (70, 99) if mask == "window" else (19, 40)
-    p = problem(MASKS[mask](1, 2, n_q, n_k), cases.SCORES["softcap"](1, 2, n_q, n_k, None), dtype, dropout, n_q=n_q, n_k=n_k)
+    n_q, n_k, dims = (70, 99, (19, 8)) if mask == "window" else (13, 40, (40, 24))  # the second has tiles of 16
+    score = cases.SCORES["softcap"](1, 2, n_q, n_k, None)
+    p = problem(MASKS[mask](1, 2, n_q, n_k), score, dtype, dropout, n_q=n_q, n_k=n_k, dims=dims)
     t = Tangents(*(random_like(x, i) for i, x in enumerate((p.q, p.k, p.v))), [], None)
     wide, t64 = widened(p), Tangents(t.q.double(), t.k.double(), t.v.double(), [], None)
     saved, saved64 = triton.forward(p, True), tiled.forward(wide, True)
