@@ -16,6 +16,7 @@ from .tiles import (
     dot_rows,
     head_of,
     load_rows,
+    load_some,
     mean_row,
     own_columns,
     owned,
@@ -24,7 +25,7 @@ from .tiles import (
     row_sums,
     store_rows,
 )
-from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
+from .walk import key_tile, key_walk, keys_shown, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
 @kernel
@@ -94,20 +95,21 @@ def dq_tiles(
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
     for step in tl.range(run[0], run[1], BLOCK_K):
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
-        k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        some = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
+        k_tile = load_some(k, k0, strides[1], first, last, some, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
         _, w = weights(product, lse2[:, None], at, scale, data[2], SCORES, 0)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         dp = dot_rows(do, v_tile, DIMS[2], DIMS[3], PRECISION)
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         x = w * (dp - delta[:, None])
         k_tile = own_columns(k_tile, DIMS[0], DIMS[1])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
             x = tl.where(seen, x, 0.0)
-            if len(PREDICATES) > 0:
+            if len(PREDICATES) > 0 and len(some) == 0:
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
         if len(sums) > 0:
             add_up(x, k_idx, sums, MASKED)
@@ -232,7 +234,7 @@ def dkdv_tiles(
             seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
             p = tl.where(seen, p, 0.0)
         if FLAGS[7]:
-            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, PREDICATES, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
             p = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         dv = dot_add(rounded(p, do_tile.dtype), do_tile, dv, PRECISION)
@@ -267,7 +269,7 @@ def backward_dkdv(
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
         walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
-        columns = (k_idx, r, b, h)
+        columns = (k_idx, r, b, h, k0)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[3])
         row = (b * n_kv * GROUP + h) * n_pad
         dk, dv = dkdv_tiles(

@@ -48,6 +48,29 @@ def apply_scores(s, at, scores, SCORES: tl.constexpr, n: tl.constexpr):
 
 
 @jit
+def terms_of(at, scores, SCORES: tl.constexpr):
+    """What each modifier adds to a tile's scores, in a tuple; 0 for a Pointwise."""
+    terms = ()
+    for i in tl.static_range(len(SCORES)):
+        if SCORES[i][0]:
+            terms = terms + (0.0,)  # type: ignore[assignment]
+        else:
+            terms = terms + (SCORES[i][1](at, scores[i]),)  # type: ignore[assignment]
+    return terms
+
+
+@jit
+def apply_terms(s, terms, scores, SCORES: tl.constexpr):
+    """`apply_scores` of the whole chain, with the terms that `terms_of` found."""
+    for i in tl.static_range(len(SCORES)):
+        if SCORES[i][0]:
+            s = SCORES[i][1](s, scores[i])
+        else:
+            s = s + terms[i]
+    return s
+
+
+@jit
 def pull_scores(g, s, at, scores, SCORES: tl.constexpr, first: tl.constexpr):
     """The gradient in front of modifier `first` from g, the one behind the chain; s is the score in front of the chain.
 

@@ -21,18 +21,11 @@ def philox(dropout, b, at, q, fours):
 
 
 @jit
-def kept(
-    dropout, b, at, k_first, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS: tl.constexpr, PREDICATES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
+def kept(dropout, b, at, k_first, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FLAGS: tl.constexpr, COLUMNS: tl.constexpr):
     """Which weights stay. `at` is the place of a tile [BLOCK_Q, BLOCK_K], or of its transpose with COLUMNS; its first key
-    coordinate is k_first where keys are consecutive.
-
-    Where predicates may load bytes, tiles of 16 take a call for every key: Triton (before 3.8) lays the weights of a product
-    out for the narrowest load behind them, halves that where tiles are interleaved, and counts some of 16 elements twice.
-    """
+    coordinate is k_first where keys are consecutive."""
     limit = tl.full([1, 1], dropout[2], tl.uint32)
-    if FLAGS[8] and (len(PREDICATES) == 0 or (BLOCK_Q > 16 and BLOCK_K > 16)):
+    if FLAGS[8]:
         fours = (k_first.to(tl.uint32) >> 2) + tl.arange(0, BLOCK_K // 4).to(tl.uint32)
         w0, w1, w2, w3 = philox(dropout, b, at, at[2].reshape([BLOCK_Q, 1]), fours[None, :])
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # [BLOCK_Q, BLOCK_K]

@@ -7,21 +7,23 @@ that a constant v comes out exact; lse has the unrounded sum. A sink joins both 
 hidden key run first, then the others in a second loop (kernels/walk.py).
 """
 
-from .chain import apply_scores
+from .chain import apply_scores, apply_terms, terms_of
 from .dropout import kept
 from .masks import row_spans
 from .shim import LN2, LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, program_tile, rounded, store_rows
-from .walk import key_tile, key_walk, run_of, seen_keys
+from .tiles import dot, dot_add, head_of, load_rows, load_some, program_tile, rounded, store_rows
+from .walk import key_tile, key_walk, keys_shown, run_of, seen_keys
 
 
 @jit
-def logits(s, at, scale, scores, SCORES: tl.constexpr):
-    """Raw products to scores in base 2."""
+def logits(s, at, scale, scores, terms, SCORES: tl.constexpr):
+    """Raw products to scores in base 2; `terms` of the Additives, or ()."""
     if len(SCORES) == 0:
         return s * (scale * LOG2E)
-    else:
+    elif len(terms) == 0:
         return apply_scores(s * scale, at, scores, SCORES, len(SCORES)) * LOG2E
+    else:
+        return apply_terms(s * scale, terms, scores, SCORES) * LOG2E
 
 
 @jit
@@ -36,23 +38,30 @@ def forward_tiles(
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
     for step in tl.range(run[0], run[1], BLOCK_K):
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
+        some = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
-        s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], SCORES)  # [BLOCK_Q, BLOCK_K]
+        terms = ()
+        if MASKED:  # loads behind the product would lay their layout on the softmax, which were then computed in two
+            terms = terms_of(at, data[2], SCORES)
+            if FLAGS[9]:
+                seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
+        s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], terms, SCORES)  # [BLOCK_Q, BLOCK_K]
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            if not FLAGS[9]:
+                seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
             s = tl.where(seen, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
         alpha = tl.exp2(row_max - safe)
         p = tl.exp2(s - safe[:, None])
         row_sum = row_sum * alpha + tl.sum(p, 1)
-        v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        if MASKED and len(PREDICATES) > 0:  # what no row of the tile sees may hold anything
+        v_tile = load_some(v, k0, strides[2], first, last, some, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        if MASKED and len(PREDICATES) > 0 and len(some) == 0:  # what no row of the tile sees may hold anything
             v_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v_tile, 0.0)
         weights = rounded(p, v_tile.dtype)
         out_sum = out_sum * alpha + tl.sum(weights.to(tl.float32), 1)
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             weights = tl.where(keep, weights, 0.0)
         acc = dot_add(weights, v_tile, acc * alpha[:, None], PRECISION)
         row_max = new_max

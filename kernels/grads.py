@@ -102,7 +102,7 @@ def gradient_tile(
         hides = any_hidden | (FLAGS[9] == 2)
     if some:
         if hides:
-            seen = predicates(seen, data[0], at, near_q, near_k, PREDICATES)
+            seen = predicates(seen, data[0], at, near_q, k0, FLAGS, PREDICATES, BLOCK_K, False)
         q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], RAGGED)
         k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
         k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], RAGGED)
@@ -113,7 +113,7 @@ def gradient_tile(
         dp = dot_rows(do_tile, v_tile, DIMS[2], DIMS[3], PRECISION)
         keep = seen
         if FLAGS[7]:
-            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, PREDICATES, False)
+            keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         if len(PUSHED) == 0:
             _, w = weights(product, row_lse, at, scale, data[2], SCORES, BEHIND)

@@ -2,11 +2,12 @@
 
 tuning/<architecture>.json: kernel -> bits of an element -> padded head_dim -> [BLOCK_Q, BLOCK_K, num_warps, num_stages]; a
 fifth number, where the head_dim is split, says how many of its columns a program holds at once (kernels/tiles.py). Under
-"<kernel>, chain" stands what a nonlinear score or a dense bias wants instead, under "<kernel>, heavy" what dropout and
-predicates want: they need registers that a larger tile would take. "hopper forward" and the like are the kernels for
-sm_90 alone (kernels/hopper). What does not fit an architecture has no entry. An architecture without
-a table takes the nearest older one of its maker. The values were chosen by what the compiler reports (no local memory in a
-loop, shared memory that fits); no table was tuned on a card yet.
+"<kernel>, <load>" stands what a call wants that has more to do (LOADS, `fastattn.backends.facts.load_of`; "sums" is a dq that
+adds up a bias's gradient over entries), where that is not what a lighter load wants: it needs registers that a larger tile
+would take. "hopper forward" and the like are the kernels for sm_90 alone (kernels/hopper). What does not fit an architecture
+has no entry. An architecture without a table takes the nearest older one of its maker. The values were chosen by what the
+compiler reports (no local memory in a loop, no work done twice by warps that a tile has no rows for, shared memory that fits);
+no table was tuned on a card yet.
 """
 
 import functools
@@ -16,6 +17,10 @@ from typing import NamedTuple
 
 TABLES = Path(__file__).parent / "tuning"
 KERNELS = ("forward", "dkdv", "dq", "grads", "jvp", "jvp dq", "jvp dkdv", "jvp grads", "jvp2")
+LOADS = {  # a load, and whose entries it takes, the first that there is
+    "": (), "additive": ("additive",), "chain": ("chain",), "dense": ("dense", "chain"), "bias": ("bias", "chain"),
+    "heavy": ("heavy", "chain"), "sums": ("sums", "heavy", "chain"),
+}  # fmt: skip
 LIKE = {"jvp grads": "jvp dkdv"}  # where a table has no entry of its own
 SHORT = 16  # rows up to which a query tile is as small as a product permits: decoding
 
@@ -81,16 +86,15 @@ def launch(kernel: str, head_dim: int, v_dim: int, itemsize: int, arch: str, loa
         head_dim, v_dim: of q and k, and of v; the larger decides.
         itemsize: bytes of an element of q.
         arch: "sm_90", "gfx942", "interpreter" and the like.
-        load: "" for a plain call, "chain" with a nonlinear score, "heavy" with dropout or predicates.
+        load: one of LOADS.
         n_q: rows; few of them take a small query tile.
 
     Raises:
         ValueError: the kernel does not fit the architecture at this size.
     """
     table, bits, dim = tables()[table_of(arch)], str(8 * itemsize), str(max(padded(head_dim), padded(v_dim)))
-    loads = {"": [], "chain": [", chain"], "heavy": [", heavy", ", chain"]}[load]
     own = [kernel, LIKE[kernel]] if kernel in LIKE else [kernel]
-    for name in (each + suffix for each in own for suffix in (*loads, "")):
+    for name in (each + suffix for each in own for suffix in (*(f", {x}" for x in LOADS[load]), "")):
         if dim in table.get(name, {}).get(bits, {}):
             found = Launch(*table[name][bits][dim])
             break

@@ -5,13 +5,16 @@ For a tile of rows:   seen = [min start, max stop)     keys outside are never vi
 
 FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans an
 entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
-entry. PREDICATES are functions of coordinates, or None for a bool tensor, which is in mask[1] with its strides and with
-None, or 1 where an offset inside one of its planes needs 64 bits. mask[2] is what a pass needs beside: () or, for the columns
-of `rows`, the table of `span_bounds` with the strides of an entry and a head in it; with a tile map what kernels/dense.py has.
+entry. PREDICATES are functions of coordinates, or None for a bool tensor, whose bits (kernels/dense.py) are in mask[1] with
+their strides and with None, or 1 where an offset inside a plane of them needs 64 bits. mask[2] is what a pass needs beside: ()
+or, for the columns of `rows`, the table of `span_bounds` with the strides of an entry and a head in it; with a tile map what
+kernels/dense.py has.
 size is (n_q, n_k, start, stop, q_at, k_at).
 """
 
 from .shim import jit, kernel, tl
+
+WORD = tl.constexpr(32)  # bits of a word of a bool tensor
 
 
 @jit
@@ -36,6 +39,19 @@ def row_spans(mask, r, b, h, q_idx, ok, size, FLAGS: tl.constexpr):
         start = tl.minimum(tl.maximum(start, 0), size[1])
         stop = tl.maximum(tl.minimum(stop, size[1]), start)
         return tl.where(ok, start, 0), tl.where(ok, stop, 0)
+
+
+@jit
+def span_bits(start, stop, key):
+    """A bit for each of WORD keys from `key` on: whether it is in [start, stop)."""
+    lo, hi = tl.minimum(tl.maximum(start - key, 0), WORD), tl.minimum(tl.maximum(stop - key, 0), WORD)
+    return below(hi) & ~below(lo)
+
+
+@jit
+def below(n):
+    """The lowest n bits of WORD."""
+    return tl.where(n == WORD, -1, (1 << n % WORD) - 1)
 
 
 @jit
@@ -147,20 +163,38 @@ def always(b, h, q_idx, k_idx):
 
 
 @jit
-def predicates(seen, mask, at, q_idx, k_idx, PREDICATES: tl.constexpr):
-    """`seen` and every predicate; at has the coordinates, q_idx and k_idx the storage indices, in the tile's shape."""
-    seen = shown(seen, mask, at[4], at[5], q_idx, k_idx, PREDICATES)
-    for i in tl.static_range(len(PREDICATES)):
-        if PREDICATES[i] is not None:
-            seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])
-    return seen
+def predicates(seen, mask, at, q_idx, k0, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, BLOCK_K: tl.constexpr,
+               COLUMNS: tl.constexpr):  # fmt: skip
+    """`seen` and every predicate; at has the coordinates, q_idx the rows' storage indices in the tile's shape, and k0 is its
+    first key, a multiple of BLOCK_K. COLUMNS: the tile is (keys, rows)."""
+    if FLAGS[9]:
+        key = tl.arange(0, BLOCK_K)
+        if COLUMNS:
+            key = key[:, None]
+        else:
+            key = key[None, :]
+        word = dense_bits(mask[1], at[4], at[5], q_idx, k0, PREDICATES)
+        for part in tl.static_range(1, BLOCK_K // WORD):
+            word = tl.where(key >= part * WORD, dense_bits(mask[1], at[4], at[5], q_idx, k0 + part * WORD, PREDICATES), word)
+        seen = seen & ((word >> key % WORD) & 1 != 0)
+    return functions(seen, at, PREDICATES)
 
 
 @jit
-def shown(seen, mask, b, h, q_idx, k_idx, PREDICATES: tl.constexpr):
-    """`seen` and every predicate that is a bool tensor."""
+def dense_bits(bits, b, h, q_idx, key, PREDICATES: tl.constexpr):
+    """A bit for each of WORD keys from `key` on: whether every bool tensor shows it."""
+    found = -1
     for i in tl.static_range(len(PREDICATES)):
         if PREDICATES[i] is None:
-            x = plane_of(mask[1][i][0], b, h, mask[1][i][1])
-            seen = seen & (tl.load(x + plane_offset(q_idx, k_idx, mask[1][i][1], mask[1][i][2])) != 0)
+            x = plane_of(bits[i][0], b, h, bits[i][1]) + plane_offset(q_idx, key // WORD, bits[i][1], bits[i][2])
+            found = found & (tl.load(x) >> key % WORD)
+    return found
+
+
+@jit
+def functions(seen, at, PREDICATES: tl.constexpr):
+    """`seen` and every predicate that is a function."""
+    for i in tl.static_range(len(PREDICATES)):
+        if PREDICATES[i] is not None:
+            seen = seen & PREDICATES[i](at[0], at[1], at[2], at[3])
     return seen

@@ -24,6 +24,7 @@ from .tiles import (
     first_of,
     head_of,
     load_rows,
+    load_some,
     mean_of,
     mean_row,
     own_columns,
@@ -34,7 +35,7 @@ from .tiles import (
     slice_of,
     store_rows,
 )  # fmt: skip
-from .walk import key_tile, key_walk, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
+from .walk import key_tile, key_walk, keys_shown, middle_tile, query_tile, query_walk, run_of, seen_keys, seen_queries
 
 
 @jit
@@ -102,24 +103,25 @@ def jvp_tiles(
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
     for step in tl.range(run[0], run[1], BLOCK_K):
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
+        known = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
         change = crossed(q, tq, k_tile, tk_tile, DIMS[0], DIMS[1], PRECISION) * scale
         p, _ = weights(product, lse2[:, None], at, scale, data[2], SCORES, len(SCORES))
         change = push_scores(change, product * scale, at, data[2], tscores, SCORES, PUSHED, len(SCORES))
-        v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        v_tile = load_some(v, k0, strides[2], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        tv_tile = load_some(tv, k0, strides[5], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         v_tile, tv_tile = own_columns(v_tile, DIMS[2], DIMS[3]), own_columns(tv_tile, DIMS[2], DIMS[3])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
             p, change = tl.where(seen, p, 0.0), tl.where(seen, change, 0.0)
-            if len(PREDICATES) > 0:
+            if len(PREDICATES) > 0 and len(known) == 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 v_tile, tv_tile = tl.where(some, v_tile, 0.0), tl.where(some, tv_tile, 0.0)
         mean += row_sums(p, change)
         if FLAGS[7]:
-            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False), p, 0.0)
+            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
         change = p * (change - shift[:, None])
         weight = rounded(change, v_tile.dtype)
         off += tl.sum(weight.to(tl.float32) - change, 1)
@@ -216,8 +218,9 @@ def dq_jvp_tiles(
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
     for step in tl.range(run[0], run[1], BLOCK_K):
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
-        k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
-        tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        known = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
+        k_tile = load_some(k, k0, strides[1], first, last, known, BLOCK_K, DIMS[0], DIMS[1], MASKED)
+        tk_tile = load_some(tk, k0, strides[4], first, last, known, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         tv_tile = load_rows(tv, k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
@@ -228,16 +231,16 @@ def dq_jvp_tiles(
             tdp = dot_rows_add(tdo, v_tile, tdp, DIMS[2], DIMS[3], PRECISION)
         k_tile, tk_tile = own_columns(k_tile, DIMS[0], DIMS[1]), own_columns(tk_tile, DIMS[0], DIMS[1])
         if FLAGS[7]:
-            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False)
+            keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         _, _, x, tx = tangent_tile(
             product, change, dp, tdp, lse2[:, None], tlse[:, None], delta[:, None], tdelta[:, None], at, scale, data[2],
             tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
-            if len(PREDICATES) > 0:
+            if len(PREDICATES) > 0 and len(known) == 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 k_tile, tk_tile = tl.where(some, k_tile, 0.0), tl.where(some, tk_tile, 0.0)
         weight, tweight = rounded(x, k_tile.dtype), rounded(tx, k_tile.dtype)
@@ -337,7 +340,7 @@ def dkdv_jvp_tiles(
         do_tile = own_columns(do_tile, DIMS[2], DIMS[3])
         q_tile, tq_tile = own_columns(q_tile, DIMS[0], DIMS[1]), own_columns(tq_tile, DIMS[0], DIMS[1])
         if FLAGS[7]:
-            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, PREDICATES, True)
+            keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
             dp, tdp = tl.where(keep, dp * data[3][3], 0.0), tl.where(keep, tdp * data[3][3], 0.0)
         p, pu, x, tx = tangent_tile(
             product, change, dp, tdp, tl.load(lse2 + q_idx)[None, :], tl.load(tlse + q_idx)[None, :],
@@ -382,7 +385,7 @@ def backward_dkdv_jvp(
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
         walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
-        columns = (k_idx, r, b, h)
+        columns = (k_idx, r, b, h, k0)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[6])
         tq_head, tdo_head = head_of(tq, b, h, strides[3]), do_head
         if TDO:

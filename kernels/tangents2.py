@@ -18,6 +18,7 @@ from .tiles import (
     first_of,
     head_of,
     load_rows,
+    load_some,
     mean_row,
     own_columns,
     program_tile,
@@ -25,7 +26,7 @@ from .tiles import (
     row_sums,
     store_rows,
 )  # fmt: skip
-from .walk import key_tile, key_walk, middle_tile, run_of, seen_keys
+from .walk import key_tile, key_walk, keys_shown, middle_tile, run_of, seen_keys
 
 
 @jit
@@ -63,6 +64,7 @@ def jvp2_tiles(
     run = run_of(walk, FLAGS, BLOCK_K, MASKED)
     for step in tl.range(run[0], run[1], BLOCK_K):
         k0, k_idx, at = key_tile(step, run, rows, call, FLAGS, BLOCK_K, MASKED)
+        known = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
         k = load_rows(keys[0], k0, strides[0], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         k1 = load_rows(keys[1], k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         k2 = load_rows(keys[2], k0, strides[2], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
@@ -78,21 +80,21 @@ def jvp2_tiles(
             along1 * scale, along2 * scale, mixed * scale, product * scale, at, data[2], tscores, SCORES, PUSHED
         )
         u1, u2 = a1 - tlse1[:, None], a2 - tlse2[:, None]
-        v = load_rows(keys[4], k0, strides[4], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        v1 = load_rows(keys[5], k0, strides[5], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
-        v2 = load_rows(keys[6], k0, strides[6], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        v = load_some(keys[4], k0, strides[4], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        v1 = load_some(keys[5], k0, strides[5], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+        v2 = load_some(keys[6], k0, strides[6], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         v, v1 = own_columns(v, DIMS[2], DIMS[3]), own_columns(v1, DIMS[2], DIMS[3])
         v2 = own_columns(v2, DIMS[2], DIMS[3])
         if MASKED:
-            seen = seen_keys(k_idx, at, rows, call, PREDICATES)
+            seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
             p, a1, a12 = tl.where(seen, p, 0.0), tl.where(seen, a1, 0.0), tl.where(seen, a12, 0.0)
             u1, u2 = tl.where(seen, u1, 0.0), tl.where(seen, u2, 0.0)
             some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
-            if len(PREDICATES) > 0:
+            if len(PREDICATES) > 0 and len(known) == 0:
                 v, v1, v2 = tl.where(some, v, 0.0), tl.where(some, v1, 0.0), tl.where(some, v2, 0.0)
         mean += row_sums(p, u2 * a1 + a12)
         if FLAGS[7]:
-            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, PREDICATES, False), p, 0.0)
+            p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
         curvature = p * (u1 * u2 + a12)
         weight = rounded(curvature, v.dtype)
         off += tl.sum(weight.to(tl.float32) - curvature, 1)
@@ -100,9 +102,9 @@ def jvp2_tiles(
         acc = dot_add(rounded(p * u1, v.dtype), v2, acc, PRECISION)
         acc = dot_add(rounded(p * u2, v.dtype), v1, acc, PRECISION)
         if BOTH:
-            v12 = load_rows(keys[7], k0, strides[7], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
+            v12 = load_some(keys[7], k0, strides[7], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
             v12 = own_columns(v12, DIMS[2], DIMS[3])
-            if MASKED and len(PREDICATES) > 0:
+            if MASKED and len(PREDICATES) > 0 and len(known) == 0:
                 v12 = tl.where(some, v12, 0.0)
             acc = dot_add(rounded(p, v.dtype), v12, acc, PRECISION)
     return acc, mean, off

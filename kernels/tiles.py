@@ -29,14 +29,28 @@ def load_rows(
     x, first, strides, lo, hi, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Rows first to first + ROWS; MASKED: zero outside of [lo, hi). # [ROWS, PADDED], or a tile in memory"""
+    return load_some(x, first, strides, lo, hi, (), ROWS, DIM, PADDED, MASKED)
+
+
+@jit
+def load_some(
+    x, first, strides, lo, hi, some, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """The same, where MASKED only of rows for which `some`, () or (bool [ROWS],), is true."""
     if PADDED < DIM:
         rows = tl.arange(0, ROWS)
-        return x + first.to(tl.int64) * strides[2] + rows * strides[2], (first + rows >= lo) & (first + rows < hi), strides[3]
+        inside = (first + rows >= lo) & (first + rows < hi)
+        if len(some) > 0:
+            inside = inside & some[0]
+        return x + first.to(tl.int64) * strides[2] + rows * strides[2], inside, strides[3]
     else:
         at = row_pointers(x, first, strides, ROWS, PADDED)
         row = first + tl.arange(0, ROWS)
         if MASKED:
-            inside = ((row >= lo) & (row < hi))[:, None]
+            inside = (row >= lo) & (row < hi)
+            if len(some) > 0:
+                inside = inside & some[0]
+            inside = inside[:, None]
             if PADDED != DIM:
                 inside = inside & (tl.arange(0, PADDED) < DIM)[None, :]
             return tl.load(at, mask=inside, other=0.0)

@@ -3,22 +3,24 @@
 A walk is (lo, full_lo, full_hi, hi): tiles from lo to hi, of which those from full_lo to full_hi have no hidden pair. It is
 made in two runs (from, to, jump_at, jump), the full tiles first and then those on both sides of them: steps are first indices
 of tiles, and tiles from jump_at on are moved by jump. Where there is a tile map (FLAGS[9], kernels/dense.py) a walk is (list,
-full tiles, mixed tiles, tiles) and a run (from, to, list): the tile at a step is entry step // BLOCK of the list.
+full tiles, mixed tiles, tiles, shown keys) and a run (from, to, list, shown keys): the tile at a step is entry step // BLOCK of
+the list.
 
-rows is (q_idx, start, stop, b, h) of a tile of rows and one of its spans; columns is (k_idx, r, b, h) of a tile of keys and the
-number of a span. call is (data, size, n_b), and data (mask, coords, scores, dropout).
+rows is (q_idx, start, stop, b, h) of a tile of rows and one of its spans; columns is (k_idx, r, b, h, k0) of a tile of keys and
+the number of a span. call is (data, size, n_b), and data (mask, coords, scores, dropout).
 """
 
 from .chain import place
-from .masks import key_range, predicates, row_range, row_spans
+from .masks import WORD, dense_bits, functions, key_range, predicates, row_range, row_spans, span_bits
 from .shim import jit, tl
 
 
 @jit
 def listed(lists, r, b, h, tile, n_own, n):
     """The walk of a tile, one of n_own, and a span: a list of up to n tiles, full ones at its front, mixed ones at its back."""
-    at = lists[0] + ((b * lists[1] + h * lists[2] + r) * n_own + tile) * (n + 2)
-    return at + 2, tl.load(at), tl.load(at + 1), n
+    own = (b * lists[1] + h * lists[2] + r) * n_own + tile
+    at = lists[0] + own * (n + 2)
+    return at + 2, tl.load(at), tl.load(at + 1), n, own * n
 
 
 @jit
@@ -27,7 +29,10 @@ def key_walk(mask, r, b, h, q0, start, stop, ok, size, FLAGS: tl.constexpr, PRED
     lo, full_lo, full_hi, hi, first, last = key_range(start, stop, ok, size[1], BLOCKS[1], len(PREDICATES) > 0)
     if FLAGS[9]:
         q_tiles, k_tiles = tl.cdiv(size[0], BLOCKS[0]), tl.cdiv(size[1], BLOCKS[1])
-        return listed(mask[2], r, b, h, q0 // BLOCKS[0], q_tiles, k_tiles), first, last
+        tiles = listed(mask[2], r, b, h, q0 // BLOCKS[0], q_tiles, k_tiles)
+        if FLAGS[9] == 1:
+            tiles = (tiles[0], tiles[1], tiles[2], tiles[3], mask[2][3] + tiles[4] * parts(BLOCKS[1]))
+        return tiles, first, last
     else:
         return (lo, full_lo, full_hi, hi), first, last
 
@@ -43,13 +48,33 @@ def query_walk(mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.cons
 
 
 @jit
+def parts(BLOCK_K: tl.constexpr):
+    """Words that hold a bit per key of a tile."""
+    return BLOCK_K // WORD if BLOCK_K > WORD else 1
+
+
+@jit
+def keys_shown(step, run, FLAGS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
+    """(which keys of the tile at a step of a run any row sees,), or () where all may be read, or nobody knows. # [BLOCK_K]"""
+    if MASKED and FLAGS[9] == 1:
+        key = tl.arange(0, BLOCK_K)
+        at = run[3] + step // BLOCK_K * parts(BLOCK_K)
+        word = tl.load(at)
+        for part in tl.static_range(1, BLOCK_K // WORD):
+            word = tl.where(key >= part * WORD, tl.load(at + part), word)
+        return ((word >> key % WORD) & 1 != 0,)
+    else:
+        return ()
+
+
+@jit
 def run_of(walk, FLAGS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """One of the two runs of a walk."""
     if FLAGS[9]:
         if MASKED:
-            return (walk[3] - walk[2]) * BLOCK, walk[3] * BLOCK, walk[0]
+            return (walk[3] - walk[2]) * BLOCK, walk[3] * BLOCK, walk[0], walk[4]
         else:
-            return 0, walk[1] * BLOCK, walk[0]
+            return 0, walk[1] * BLOCK, walk[0], walk[4]
     elif MASKED:
         jump = walk[2] - walk[1]
         return walk[0], walk[3] - jump, walk[1], jump
@@ -93,11 +118,21 @@ def key_tile(step, run, rows, call, FLAGS: tl.constexpr, BLOCK: tl.constexpr, MA
 
 
 @jit
-def seen_keys(k_idx, at, rows, call, PREDICATES: tl.constexpr):
+def seen_keys(k0, k_idx, at, rows, call, FLAGS: tl.constexpr, PREDICATES: tl.constexpr):
     """Which pairs of a key tile are visible. # [BLOCK_Q, BLOCK_K]"""
-    seen = (k_idx[None, :] >= rows[1][:, None]) & (k_idx[None, :] < rows[2][:, None])
-    near = tl.minimum(k_idx, call[1][1] - 1)
-    return predicates(seen, call[0][0], at, rows[0][:, None], near[None, :], PREDICATES)
+    BLOCK_K: tl.constexpr = k_idx.shape[0]
+    if FLAGS[9]:  # WORD keys at once
+        start, stop, q_idx = rows[1][:, None], rows[2][:, None], rows[0][:, None]
+        key = tl.arange(0, BLOCK_K)[None, :]
+        word = span_bits(start, stop, k0) & dense_bits(call[0][0][1], rows[3], rows[4], q_idx, k0, PREDICATES)
+        for part in tl.static_range(1, BLOCK_K // WORD):
+            k_at = k0 + part * WORD
+            more = span_bits(start, stop, k_at) & dense_bits(call[0][0][1], rows[3], rows[4], q_idx, k_at, PREDICATES)
+            word = tl.where(key >= part * WORD, more, word)
+        seen = (word >> key % WORD) & 1 != 0
+    else:
+        seen = (k_idx[None, :] >= rows[1][:, None]) & (k_idx[None, :] < rows[2][:, None])
+    return functions(seen, at, PREDICATES)
 
 
 @jit
@@ -117,5 +152,5 @@ def seen_queries(q_idx, at, columns, call, FLAGS: tl.constexpr, PREDICATES: tl.c
     n_q = call[1][0]
     start, stop = row_spans(call[0][0], columns[1], columns[2], columns[3], q_idx, q_idx < n_q, call[1], FLAGS)
     seen = (columns[0][:, None] >= start[None, :]) & (columns[0][:, None] < stop[None, :])
-    near, near_k = tl.minimum(q_idx, n_q - 1), tl.minimum(columns[0], call[1][1] - 1)
-    return predicates(seen, call[0][0], at, near[None, :], near_k[:, None], PREDICATES)
+    near = tl.minimum(q_idx, n_q - 1)
+    return predicates(seen, call[0][0], at, near[None, :], columns[4], FLAGS, PREDICATES, columns[0].shape[0], True)

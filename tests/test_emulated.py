@@ -43,10 +43,6 @@ FAULTS = {
         "masks.py", "tl.where(k0 + BLOCK_K <= size[1], full_hi, full_lo)", "full_hi",
         "test_nothing_is_looked_up_beyond_the_last_key[coordinates]", "access memory that is no tensor's",
     ),
-    "words of dropout interleaved over bytes of a mask": (
-        "dropout.py", "(len(PREDICATES) == 0 or (BLOCK_Q > 16 and BLOCK_K > 16))", "True", "test_one_tangent[dense]",
-        "a product over 16 elements has operands for 32",
-    ),
 }  # fmt: skip
 
 

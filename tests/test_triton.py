@@ -227,7 +227,8 @@ def test_a_bias_is_read_in_wide_loads(kernel, tmp_path, monkeypatch):
 @pytest.mark.parametrize("n_b", [1, 2], ids=["one entry", "shared"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_gradient_of_a_bias_spills_nothing_in_loops(arch, n_b, head_dim):
-    """By itself, and beside dq, where it is written in wide stores but for tiles at the edge."""
+    """By itself, and beside dq, where it is written in wide stores but for tiles at the edge. Added up over entries at 128, a
+    tile that spills nothing has twice the instructions of the one with a few accesses."""
     q = torch.zeros(n_b, 2, 256, head_dim, dtype=torch.bfloat16)
 
     def launched(*more):
@@ -240,7 +241,7 @@ def test_the_gradient_of_a_bias_spills_nothing_in_loops(arch, n_b, head_dim):
     launches = launched()
     assert "score_grads" not in launches
     report = offline.report(launches["backward_dq"], arch)
-    assert not report.loop_spills, report
+    assert report.loop_spills <= (5 if n_b > 1 and head_dim == 128 else 0), report
     ptx = offline.compiled(launches["backward_dq"], arch).asm["ptx"]
     assert ptx.count("st.global.v4.b32") >= 2 * ptx.count("st.global.b16") // 8
 
@@ -338,13 +339,35 @@ def test_everything_else_compiles(tmp_path, monkeypatch):
     assert names.count("score_grads") == 2  # the gradient and its tangent
 
 
+DENSE = {"mask": fa.Dense(torch.ones(64, 64, dtype=torch.bool))}
+ONCE = {
+    "dense": ("sm_90", 64, DENSE, ("forward", "backward_dq", "backward_dkdv")),
+    "dense, larger head_dim": ("sm_90", 128, DENSE, ("forward", "backward_dq", "backward_dkdv")),
+    "dense, mma": ("sm_80", 64, DENSE, ("forward", "backward_dq", "backward_dkdv")),
+    "bias": ("sm_90", 64, {"score": [fa.Bias(torch.zeros(4, 64, 64, dtype=torch.bfloat16))]}, ("forward",)),
+    "slopes": ("sm_90", 64, {"score": [fa.ALiBi(torch.zeros(4))]}, ("forward",)),
+    "tangents": ("sm_90", 64, {}, ("forward_jvp", "backward_dq_jvp", "backward_dkdv_jvp", "forward_jvp2")),
+    "dropout": ("sm_80", 128, {"dropout": 0.1}, ("forward", "backward_dq")),
+}
+
+
 @needs_compiler
-def test_a_dense_mask_compiles_without_spilling_in_loops(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ONCE)
+def test_exponentials_are_computed_once_and_registers_suffice(name, tmp_path, monkeypatch):
+    """A loop has one exponential for each pair of its tile and thread, and in the forward one a row: twice as many are there
+    where the softmax is computed in two layouts, or where more warps than the tile has rows for compute the same."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    p = offline.example(64, torch.bfloat16, mask=fa.Dense(torch.ones(64, 64, dtype=torch.bool)), n=64)
-    reports = [offline.report(recorded, "sm_90") for recorded in offline.recorded(p, "sm_90")]
-    assert {"cell_map", "tile_lists", "forward", "backward_dq", "backward_dkdv"} <= {x.kernel for x in reports}
-    assert [str(x) for x in reports if x.loop_spills or x.shared > offline.SHARED["sm_90"] * 1024] == []
+    arch, head_dim, options, kernels = ONCE[name]
+    p = offline.example(head_dim, torch.bfloat16, n=64, **options)
+    launches = {x.kernel.__name__: x for x in offline.recorded(p, arch, 2 if name == "tangents" else 1)}
+    for each in (launches[kernel] for kernel in kernels):
+        seen = offline.inspect(each, arch)
+        block_q, block_k = each.args[each.kernel.arg_names.index("BLOCKS")]
+        pairs = block_q * block_k / (32 * each.num_warps)
+        assert [loop for loop in seen.loops if loop.overlapped[1] > 1.6 * pairs] == [], str(seen.report)
+        assert seen.loops
+        assert seen.report.loop_spills == 0, str(seen.report)
+        assert seen.report.shared <= offline.SHARED[arch] * 1024, str(seen.report)
 
 
 @needs_compiler
@@ -425,8 +448,9 @@ def test_twenty_lengths_are_two_variants(mask):
 
 
 @needs_compiler
-def test_lengths_of_a_dense_mask_are_four_variants():
-    """Few rows or many, and a stride that is a multiple of 16 or not; lists are made for the tiles of several passes."""
+def test_lengths_of_a_dense_mask_are_two_variants():
+    """Few rows or many; what the mask's own strides are matters to the pass that packs it alone, and lists are made for the
+    tiles of several passes."""
     variants = {}
     for n in (2, 7, 16, 17, 31, 32, 48, 63, 64, 100, 128, 129, 200, 1000):
         mask = fa.Dense(torch.ones(n, n, dtype=torch.bool))
@@ -434,8 +458,8 @@ def test_lengths_of_a_dense_mask_are_four_variants():
             name, key = offline.variant(recorded, "sm_90")
             variants.setdefault(name, set()).add(key)
     counts = {name: len(keys) for name, keys in variants.items()}
-    assert max(counts[name] for name in counts if name != "tile_lists") <= 4, counts
-    assert (counts["cell_map"], counts["tile_lists"]) == (2, 5)
+    assert max(counts[name] for name in counts if name != "tile_lists") == 2, counts
+    assert (counts["cell_map"], counts["tile_lists"]) == (1, 3)
 
 
 WAITING = {  # masks of tensors whose values are on the device

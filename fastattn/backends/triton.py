@@ -163,7 +163,7 @@ def two_passes(
 def dq_pass(p: Problem, call: Call, rows: Statistics, dq: Tensor, *_: Tensor, beside: Beside | None = None) -> None:
     """dq alone, and the gradient of a bias."""
     shared = beside is not None and beside.partial is not None
-    how = config(p, "dq", heavy=shared)
+    how = config(p, "dq", "sums" if shared else None)
     programs, slices = row_grid(p, how, call.dims[0])
     if shared:  # a program has the rows of all entries
         programs //= p.n_b

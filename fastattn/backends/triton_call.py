@@ -157,10 +157,10 @@ def _dropout_args(p: Problem, coord_flags: tuple[int, ...], k_at: int) -> tuple[
     return (p.rng.contiguous(), p.n_b // p.rng.shape[0], word, factor), (1, int(fours))
 
 
-def config(p: Problem, kernel: str, heavy: bool = False) -> Launch:
-    """The launch of a kernel for p; heavy: it has more to do than p says by itself."""
-    device, dtype, dims, load, _, _ = facts(p)
-    load = "heavy" if heavy else load
+def config(p: Problem, kernel: str, load: str | None = None) -> Launch:
+    """The launch of a kernel for p, whose load may be another than p says by itself."""
+    device, dtype, dims, own, _, _ = facts(p)
+    load = own if load is None else load
     return launch(kernel, *dims, dtype.itemsize, architecture(device), load, 1 << 30 if "dkdv" in kernel else p.n_q)
 
 

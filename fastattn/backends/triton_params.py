@@ -84,7 +84,7 @@ def beside_dq(p: Problem, call: Call) -> Beside | None:
     """
     if call.spans != 1 or any(isinstance(score, Pointwise) for score in p.scores) or not _at_zero(p, call):
         return None
-    if min(p.n_q, p.n_k) == 0 or any(config(p, "dq", heavy).slices(call.dims[0]) > 1 for heavy in (False, True)):
+    if min(p.n_q, p.n_k) == 0 or any(config(p, "dq", load).slices(call.dims[0]) > 1 for load in (None, "sums")):
         return None
     for i, score in enumerate(p.scores):
         plan = _plan(p, score) if score.params else None

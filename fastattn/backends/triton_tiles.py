@@ -1,7 +1,7 @@
 """Which tiles the passes of the Triton backend visit, as far as it takes a pre-pass: of bool masks and of columns.
 
-The map of a bool mask's tiles is made once for every verb (kernels/dense.py), and for every pass the lists of the tiles that
-it visits; nothing waits for the device, and nothing is kept between calls.
+The bits of a bool mask and the map of its tiles are made once for every verb (kernels/dense.py), and for every pass the lists
+of the tiles that it visits; nothing waits for the device, and nothing is kept between calls.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from ..problem import Problem
 from . import triton_call
 from .triton_call import Call, cdiv, on_device
 
-CELL = 16  # kernels/dense.py
-BLOCK = Launch(64, 128, 4, 1)  # of the map's pass over the mask
+CELL, WORD = 16, 32  # kernels/dense.py, kernels/masks.py
+PACK = Launch(16, 512, 4, 1)  # of the pass over a bool mask
+MAP = Launch(64, 256, 4, 1)  # of the map's pass over the bits
 CHUNK = 64  # tiles of a list that are looked up at once
+CHUNK_WORDS = 16  # words of shown keys that are made at once
 
 
 def prepare(p: Problem) -> Call:
@@ -28,8 +30,24 @@ def prepare(p: Problem) -> Call:
     call = triton_call.prepare(p)
     if not call.flags[9]:
         return call
+    (spans, tensors, other), *rest = call.data
+    call = call._replace(data=((spans, tuple(packed(*x) if x else x for x in tensors), other), *rest))
     cells, apart = cell_map(p, call)
     return call._replace(cells=cells, flags=(*call.flags, *apart))
+
+
+def packed(x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
+    """(bits, strides, wide) of a bool tensor as uint8 (B|1, H|1, rows|1, keys|1), its plane_strides and wide_plane."""
+    n_b, n_h, n_q, n_k = x.shape
+    words = x.new_empty(n_b, n_h, n_q, cdiv(n_k, 512) * 16, dtype=torch.int32)
+    programs = n_b * n_h * cdiv(n_q, PACK.block_q) * cdiv(words.shape[3] * WORD, PACK.block_k)
+    with on_device(x):
+        triton_call.run(
+            dense.pack_bits, programs, PACK, x, strides, wide, words, n_q, n_k, n_h, PACK.block_q, PACK.block_k
+        )
+    leads = tuple(stride if n > 1 else 0 for n, stride in zip(x.shape[:3], words.stride()[:3], strict=True))
+    reach = n_q * words.shape[3] >= 1 << 31
+    return words, ((leads[0], 0), (leads[1], 0), leads[2], int(n_k > 1)), 1 if reach else None
 
 
 def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
@@ -37,12 +55,12 @@ def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
     shapes = [x.tensor.shape for x in p.mask.predicates if isinstance(x, DensePredicate)]
     n_b, n_h, n_q, n_k = torch.broadcast_shapes(*shapes)
     cells = torch.empty(n_b, n_h, cdiv(n_q, CELL), cdiv(n_k, CELL), dtype=torch.int8, device=p.q.device)
-    programs = cdiv(n_q, BLOCK.block_q) * cdiv(n_k, BLOCK.block_k) * n_b * n_h
-    mask = ((), call.data[0][1], ())
+    programs = cdiv(n_q, MAP.block_q) * cdiv(n_k, MAP.block_k) * n_b * n_h
     with on_device(p.q):
         triton_call.run(
-            dense.cell_map, programs, BLOCK, mask, cells, n_q, n_k, n_h, call.predicates, BLOCK.block_q, BLOCK.block_k
-        )
+            dense.cell_map, programs, MAP, call.data[0][1], cells, n_q, n_k, n_h, call.predicates, MAP.block_q,
+            MAP.block_k // WORD,
+        )  # fmt: skip
     return cells, (int(n_q > 1), int(n_k > 1))
 
 
@@ -98,7 +116,16 @@ def _lists(p: Problem, call: Call, how: Launch, mask: tuple[Any, ...], columns: 
             dense.tile_lists, own * n_b * n_h * call.spans, Launch(0, 0, 4, 1), (mask[0], (), mask[2]),
             _map_args(call.cells), lists, *call.ints, n_h, call.flags, call.spans, (how.block_q, how.block_k), columns, CHUNK,
         )  # fmt: skip
-    return lists, (n_h * call.spans if n_b > 1 else 0), (call.spans if n_h > 1 else 0)
+    found = lists, (n_h * call.spans if n_b > 1 else 0), (call.spans if n_h > 1 else 0)
+    if columns or call.flags[9] != 1:
+        return found
+    shown = torch.empty(n_b, n_h, call.spans, own, others, cdiv(how.block_k, WORD), dtype=torch.int32, device=p.q.device)
+    with on_device(p.q):
+        triton_call.run(
+            dense.shown_keys, own * n_b * n_h * call.spans, Launch(0, 0, 4, 1), mask, found, shown, *call.ints, n_h, call.flags,
+            call.predicates, call.spans, (how.block_q, how.block_k), CHUNK_WORDS,
+        )  # fmt: skip
+    return *found, shown
 
 
 def _leading(call: Call, n_b: int) -> tuple[int, int]:

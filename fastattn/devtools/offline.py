@@ -271,14 +271,16 @@ def calls(everything: bool = False) -> dict[str, dict[str, Any]]:
 
 def example(
     head_dim: int, dtype: torch.dtype, *, chain: bool = False, mask: masks.Mask | None = None, dropout: float = 0.0,
-    n: int = 1024, params: bool = False, device: str = "cpu", random: bool = False,
+    n: int = 1024, params: bool = False, device: str = "cpu", random: bool = False, score: list[scores.Score] | None = None,
 ) -> Problem:  # fmt: skip
-    """A training call with grouped heads; with `params` the gradients of its slopes are wanted as well."""
+    """A training call with grouped heads; with `params` the gradients of its parameters are wanted as well. `chain`: a softcap
+    and slopes, where `score` does not say otherwise."""
     make = torch.randn if random else torch.empty
     q = make(1, n, 4, head_dim, dtype=dtype, device=device).transpose(1, 2)
     k, v = (make(1, n, 2, head_dim, dtype=dtype, device=device).transpose(1, 2) for _ in range(2))
     slopes = torch.full((4,), 0.01, device=device)
-    score: list[scores.Score] = [scores.Softcap(30.0), scores.ALiBi(slopes)] if chain else []
+    if score is None:
+        score = [scores.Softcap(30.0), scores.ALiBi(slopes)] if chain else []
     rng = None if dropout == 0.0 else torch.zeros(1, 2, dtype=torch.int64, device=device)
     p = functional.problem(
         q, k, v, masks.Causal("top_left") if mask is None else mask, score, None, None, dropout, "tiled", None, None, draw=False

@@ -7,7 +7,6 @@ over; a winner must give the results of the configuration that it replaces.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import statistics
@@ -26,7 +25,9 @@ from ..backends import triton_call
 from ..backends.facts import facts
 from ..kernels import launch as launches
 from ..kernels.launch import Launch
+from ..masks import Causal, Dense
 from ..problem import Problem, ThreeTangents
+from ..scores import ALiBi, Bias
 from . import offline
 
 KERNEL = {
@@ -43,7 +44,7 @@ class Entry(NamedTuple):
     """What is tuned: one place of a table."""
 
     kernel: str
-    load: str  # "", "chain" or "heavy"
+    load: str  # one of launch.LOADS
     bits: int
     head_dim: int
 
@@ -82,7 +83,7 @@ class Found(NamedTuple):
 
 def entries(dims: list[int], dtypes: list[torch.dtype]) -> Iterator[Entry]:
     """All of them, those that most calls use first."""
-    for load in ("", "chain", "heavy"):
+    for load in ("", "additive", "chain", "dense", "bias", "heavy"):
         for dtype in dtypes:
             for dim in dims:
                 for kernel in ("forward", "dkdv", "dq"):
@@ -131,12 +132,21 @@ def _problem(entry: Entry, n: int, device: str) -> Problem:
     """A causal training call that launches the entry's kernel with its load."""
     dtype = {16: torch.bfloat16, 32: torch.float32}[entry.bits]
     params = entry.kernel in ("grads", "jvp grads")
-    chain = entry.load == "chain" or params
-    p = offline.example(
-        entry.head_dim, dtype, chain=chain, dropout=0.1 if entry.load == "heavy" else 0.0, n=n, params=params, device=device,
-        random=True,
-    )  # fmt: skip
-    return dataclasses.replace(p, scores=p.scores[1:]) if params else p
+    options = _options("additive" if params else entry.load, n, dtype, device)
+    return offline.example(entry.head_dim, dtype, n=n, params=params, device=device, random=True, **options)
+
+
+def _options(load: str, n: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What makes `offline.example` a call of a load."""
+    if load == "additive":
+        return {"score": [ALiBi(torch.full((4,), 0.01, device=device))]}
+    if load == "bias":
+        return {"score": [Bias(torch.zeros(4, n, n, dtype=dtype, device=device))]}
+    if load == "dense":
+        return {"mask": Dense(torch.rand(n, n, device=device) < 0.9) & Causal("top_left")}
+    if load == "chain":
+        return {"chain": True}
+    return {"dropout": 0.1} if load == "heavy" else {}
 
 
 def _tune(entry: Entry, p: Problem, until: float) -> Found:

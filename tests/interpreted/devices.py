@@ -14,7 +14,7 @@ from fastattn.backends import triton, triton_call
 from fastattn.kernels import forward as forward_kernels
 
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-FIRST = {"cell_map", "tile_lists", "forward"}
+FIRST = {"pack_bits", "cell_map", "tile_lists", "shown_keys", "forward"}
 SUMS = {"row_delta", "span_bounds", "backward_dq", "backward_dkdv", "score_grads"}
 TWICE = {"forward_jvp", "backward_dq_jvp", "backward_dkdv_jvp"}
 

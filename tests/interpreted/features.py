@@ -19,6 +19,7 @@ from fastattn.backends import reference, tiled, triton, triton_call, triton_tile
 from fastattn.bench import numerics
 from fastattn.devtools import tune
 from fastattn.kernels import launch
+from fastattn.scores.base import plane_strides, wide_plane
 
 
 def qkv(n_b=1, n_h=2, n_kv=2, n_q=47, n_k=113, head_dim=16, v_dim=16, dtype=torch.float32, strided=False):
@@ -81,6 +82,9 @@ DENSE = {
     "rows": lambda: fa.Dense((torch.arange(113) // 32 != 1)[:, None]),
     "with a custom one": lambda: fa.Dense(documents(113, 131)) & fa.Custom(cases.everything_but_diagonal_stripes, stripes),
     "nothing": lambda: fa.Dense(torch.zeros(113, 131, dtype=torch.bool)),
+    "scattered": lambda: (
+        fa.Dense((torch.rand(113, 131) < 0.6) & (torch.arange(131) % 7 != 3)) & fa.SlidingWindow(70, 0, "top_left")
+    ),
 }
 
 
@@ -119,8 +123,34 @@ def test_a_walk_over_a_dense_mask(name, block_q, block_k, columns):
         assert len(set(last)) == n_mixed
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 19, 35), (1, 3, 1, 520), (2, 2, 3, 1), (1, 1, 1, 1)])
+def test_a_bool_mask_as_bits(shape):
+    """Bit k % 32 of word k // 32, found by the strides that kernels get; whatever the tensor's own strides are."""
+    shown = torch.rand(*shape[::-1], device=DEVICE).permute(3, 2, 1, 0) < 0.5
+    x = shown.view(torch.uint8)
+    words, strides, wide = triton_tiles.packed(x, plane_strides(x), wide_plane(x))
+    assert wide is None
+    flat, key = words.flatten().cpu(), torch.arange(32 * words.shape[3])
+    b, h, q = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate(shape[:3]))
+    at = b * sum(strides[0]) + h * sum(strides[1]) + q * strides[2] + key // 32 * strides[3]
+    wanted = torch.zeros(*shape[:3], len(key), dtype=torch.bool)
+    wanted[..., : shape[3] if shape[3] > 1 else None] = shown.cpu()  # one key stands for all
+    assert torch.equal((flat[at] >> key % 32 & 1).bool(), wanted)
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 64), (16, 128)])
+def test_dense_masks_in_tiles_of_half_a_word_and_of_several(block_q, block_k, monkeypatch):
+    monkeypatch.setattr(triton_call, "launch", lambda *_: launch.Launch(block_q, block_k, 4, 1))
+    assert_dense("scattered")
+    assert_dense("with lengths")
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_block_structured_dense_masks(name):
+    assert_dense(name)
+
+
+def assert_dense(name):
     """Values and every gradient; what no row sees holds NaN."""
     n_b = 2 if name in ("by head and entry", "with lengths") else 1
     q, k, v = qkv(n_b=n_b, n_q=113, n_k=131, n_kv=1)
