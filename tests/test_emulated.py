@@ -153,7 +153,7 @@ def test_a_block_writes_what_another_one_read():
 
 
 def test_a_product_that_triton_gets_wrong_is_refused(monkeypatch):
-    """By versions before 3.8; then kernels/dropout.py may interleave wherever tiles have 16 elements."""
+    """By versions before 3.8."""
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(16, 16, generator=g).half() for _ in range(2))
     mask, out = torch.randint(0, 2, (2, 16, 8), generator=g).to(torch.int8), torch.zeros(16, 16)
