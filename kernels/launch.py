@@ -6,8 +6,8 @@ fifth number, where the head_dim is split, says how many of its columns a progra
 adds up a bias's gradient over entries), where that is not what a lighter load wants: it needs registers that a larger tile
 would take. "hopper forward" and the like are the kernels for sm_90 alone (kernels/hopper). What does not fit an architecture
 has no entry. An architecture without a table takes the nearest older one of its maker. The values were chosen by what the
-compiler reports (no local memory in a loop, no work done twice by warps that a tile has no rows for, shared memory that fits);
-no table was tuned on a card yet.
+compiler reports: no local memory in a loop, shared memory that fits, rows for every warp, as far as these go together
+(kernels/README.md). No table was tuned on a card yet.
 """
 
 import functools

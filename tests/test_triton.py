@@ -13,6 +13,7 @@ import torch
 import fastattn as fa
 from fastattn import dispatch, functional
 from fastattn.backends import triton, triton_call
+from fastattn.backends.facts import load_of
 from fastattn.backends.triton_call import PAD
 from fastattn.devtools import offline, tune
 from fastattn.kernels import launch, shim
@@ -285,6 +286,17 @@ def test_tuning_says_what_it_leaves_out(sm_90):
     (left,) = tune.tune([256], [torch.float32], minutes=1, n=32, device="cpu", only=("jvp2",))
     assert "jvp2" in str(left)
     assert "left out: the jvp2 kernel does not fit sm_90 at a head_dim of 256 in 32 bits" in str(left)
+
+
+def test_every_load_has_a_call_to_tune():
+    """What is timed for an entry of a table is a call that takes that entry."""
+    loads = list(dict.fromkeys(entry.load for entry in tune.entries([64], [torch.bfloat16])))
+    assert [*loads, "sums"] == list(launch.LOADS)
+    for load in loads:
+        assert load_of(tune._problem(tune.Entry("forward", load, 16, 64), 64, "cpu")) == load
+    both = offline.example(64, torch.bfloat16, n=64, score=[fa.Bias(torch.zeros(64, 64))], **DENSE)
+    assert load_of(both) == "bias"
+    assert load_of(dataclasses.replace(both, invariant=True)) == "heavy"
 
 
 # The real compiler, which needs no GPU

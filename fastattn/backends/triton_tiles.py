@@ -39,7 +39,7 @@ def prepare(p: Problem) -> Call:
 def packed(x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
     """(bits, strides, wide) of a bool tensor as uint8 (B|1, H|1, rows|1, keys|1), its plane_strides and wide_plane."""
     n_b, n_h, n_q, n_k = x.shape
-    words = x.new_empty(n_b, n_h, n_q, cdiv(n_k, 512) * 16, dtype=torch.int32)
+    words = x.new_empty(n_b, n_h, n_q, cdiv(n_k, 512) * 16, dtype=torch.int32)  # `row_words`
     programs = n_b * n_h * cdiv(n_q, PACK.block_q) * cdiv(words.shape[3] * WORD, PACK.block_k)
     with on_device(x):
         triton_call.run(
