@@ -11,7 +11,7 @@ and predicates that it does not know of; FLAGS[10] and [11] say whether it tells
 where a kernel asks tile by tile, (cells, how many planes they are).
 """
 
-from .masks import WORD, dense_bits, key_range, plane_of, plane_offset, row_range, row_spans, span_bits
+from .masks import WORD, dense_bits, key_range, parts, plane_of, plane_offset, row_range, row_spans, span_bits
 from .shim import jit, kernel, tl
 
 CELL = tl.constexpr(16)
@@ -154,7 +154,7 @@ def shown_keys(
     the lists have their tiles; PARTS words, or the lower half of one, are a tile's. CHUNK words are made at once.
     """
     BLOCK_K: tl.constexpr = BLOCKS[1]
-    PARTS: tl.constexpr = BLOCK_K // WORD if BLOCK_K > WORD else 1
+    PARTS: tl.constexpr = parts(BLOCK_K)
     size = (n_q, n_k, start, stop, q_at, k_at)
     q_tiles, k_tiles = tl.cdiv(n_q, BLOCKS[0]), tl.cdiv(n_k, BLOCK_K)
     own, spans = tl.program_id(0) % q_tiles, (tl.program_id(0) // q_tiles).to(tl.int64)

@@ -41,14 +41,11 @@ def forward_tiles(
         some = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
         k_tile = load_rows(k, k0, strides[1], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         terms = ()
-        if MASKED:  # loads behind the product would lay their layout on the softmax, which were then computed in two
+        if MASKED:  # a bias loaded behind the product would lay its layout on the softmax, which were then computed in two
             terms = terms_of(at, data[2], SCORES)
-            if FLAGS[9]:
-                seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
         s = logits(dot(q, tl.trans(k_tile), PRECISION), at, scale, data[2], terms, SCORES)  # [BLOCK_Q, BLOCK_K]
         if MASKED:
-            if not FLAGS[9]:
-                seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
+            seen = seen_keys(k0, k_idx, at, rows, call, FLAGS, PREDICATES)
             s = tl.where(seen, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)

@@ -42,6 +42,12 @@ def row_spans(mask, r, b, h, q_idx, ok, size, FLAGS: tl.constexpr):
 
 
 @jit
+def parts(BLOCK_K: tl.constexpr):
+    """Words that hold a bit per key of a tile."""
+    return BLOCK_K // WORD if BLOCK_K > WORD else 1
+
+
+@jit
 def span_bits(start, stop, key):
     """A bit for each of WORD keys from `key` on: whether it is in [start, stop)."""
     lo, hi = tl.minimum(tl.maximum(start - key, 0), WORD), tl.minimum(tl.maximum(stop - key, 0), WORD)

@@ -11,7 +11,7 @@ the number of a span. call is (data, size, n_b), and data (mask, coords, scores,
 """
 
 from .chain import place
-from .masks import WORD, dense_bits, functions, key_range, predicates, row_range, row_spans, span_bits
+from .masks import WORD, dense_bits, functions, key_range, parts, predicates, row_range, row_spans, span_bits
 from .shim import jit, tl
 
 
@@ -45,12 +45,6 @@ def query_walk(mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.cons
         return listed(mask[2], r, b, h, k0 // BLOCKS[1], k_tiles, q_tiles)
     else:
         return row_range(mask, r, b, h, k0, size, FLAGS, len(PREDICATES) > 0, BLOCKS[0], BLOCKS[1])
-
-
-@jit
-def parts(BLOCK_K: tl.constexpr):
-    """Words that hold a bit per key of a tile."""
-    return BLOCK_K // WORD if BLOCK_K > WORD else 1
 
 
 @jit
