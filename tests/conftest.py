@@ -17,7 +17,7 @@ LONG = (
     "test_suite_as_compiled",
     "test_default_kernels_touch_no_register_of_a_product_in_flight",
     "test_other_tritons_compile_it",
-    "test_the_oldest_triton_compiles_everything",
+    "test_the_oldest_triton_compiles_the_kernels",
 )
 
 

@@ -8,23 +8,17 @@ from processes import ROOT, overlay, suite
 from fastattn.bench import hosts
 from fastattn.bench.host_models import MODELS, Model
 
-TINY = "test_outputs_gradients_and_the_way_back"
-LATER = f"{TINY} or generation or packed or weights_where or does_not_ask or padding or each_model or more_rows"
-PARTS = {
-    "5.23, every model": ("transformers523", TINY),
-    "5.23, masks and caches": ("transformers523", f"not {TINY}"),
-    "5.17": ("transformers517", LATER),
-}
+WITHIN = "the_way_back or generation or packed or weights_where or does_not_ask or padding or each_model or more_rows"
+VERSIONS = {"transformers523": (), "transformers517": ("-k", WITHIN)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_suite_under_transformers(part):
-    name, chosen = PARTS[part]
+@pytest.mark.parametrize("name", VERSIONS)
+def test_suite_under_transformers(name):
     path = [overlay(name)] if (overlay(name) / "transformers").is_dir() else []
     if not path and (name == "transformers517" or importlib.util.find_spec("transformers") is None):
         pytest.skip(f"{name} is not installed here: make test installs it where it can")
-    done = suite(ROOT, "hosted/models.py", f"-k{chosen}", "-rs", path=[*path, overlay("hosts")], HF_HUB_OFFLINE="1")
+    done = suite(ROOT, "hosted/models.py", *VERSIONS[name], "-rs", path=[*path, overlay("hosts")], HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -333,22 +333,44 @@ def test_a_split_head_dim_compiles_without_spilling_in_loops(tmp_path, monkeypat
     assert [str(x) for x in reports if x.loop_spills or x.shared > offline.SHARED["sm_120"] * 1024] == []
 
 
-@needs_compiler
-def test_everything_else_compiles(tmp_path, monkeypatch):
-    """Tangents, gradients of parameters and their tangents, dropout, dense and custom masks, float32, sinks, coordinates."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def everything():
+    """Gradients of parameters, dropout, dense and custom masks, float32, sinks, coordinates, a head_dim that is padded."""
     import device_cases
 
     mask = fa.Dense(torch.ones(64, 64, dtype=torch.bool)) & device_cases.MASKS["custom"](1, 4, 64, 64)
     p = offline.example(40, torch.float32, mask=mask, dropout=0.1, n=64, params=True)
     p = dataclasses.replace(p, scores=(fa.Softcap(3.0), fa.RelativeBias(torch.zeros(1, 4, 9))))
-    p = dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
-    found = offline.recorded(p, "sm_80", 2)
+    return dataclasses.replace(p, sinks=torch.zeros(1, 4), coords=fa.Coordinates(h=1, q=torch.arange(64)[None]))
+
+
+def ones():
+    """The compiler takes an argument of 1 for a constant: every size, stride and offset that can be 1 is 1 here."""
+    q = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
+    scores = (fa.Bias(torch.zeros(1, 1, 1, 1)), fa.RelativeBias(torch.zeros(1), offset=1), fa.ALiBi(torch.zeros(1)))
+    coords = fa.Coordinates(b=1, h=1, q=1, k=1)
+    mask = fa.Dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    p = functional.problem(q, q, q, mask, scores, torch.zeros(1), None, 1e-9, "tiled", None, coords)
+    return dataclasses.replace(p, dropout_p=1.5 / 2**32, param_grads=True)  # a threshold of 1
+
+
+@needs_compiler
+def test_everything_compiles(tmp_path, monkeypatch):
+    """With tangents, and tangents of tangents."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = offline.recorded(everything(), "sm_80", 2)
     for recorded in found:
         offline.compiled(recorded, "sm_80")
     names = [recorded.kernel.__name__ for recorded in found]
     assert {"forward_jvp", "backward_dq_jvp", "backward_dkdv_jvp", "forward_jvp2"} <= set(names)
     assert names.count("score_grads") == 2  # the gradient and its tangent
+
+
+@needs_compiler
+@pytest.mark.parametrize("p", [everything, ones])
+def test_is_read(p):
+    """What a Triton cannot read of a kernel's Python it refuses before it optimises anything."""
+    for recorded in offline.recorded(p(), "sm_80", 2):
+        assert f"tt.func public @{recorded.kernel.__name__}(" in offline.parsed(recorded, "sm_80")
 
 
 DENSE = {"mask": fa.Dense(torch.ones(64, 64, dtype=torch.bool))}
@@ -379,20 +401,6 @@ def test_exponentials_are_computed_once_and_registers_suffice(name, tmp_path, mo
         assert seen.loops
         assert seen.report.loop_spills == 0, str(seen.report)
         assert seen.report.shared <= offline.SHARED[arch] * 1024, str(seen.report)
-
-
-@needs_compiler
-def test_ones_compile(tmp_path, monkeypatch):
-    """The compiler takes an argument of 1 for a constant: every size, stride and offset that can be 1 is 1 here."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    q = torch.zeros(1, 1, 1, 1, dtype=torch.float16)
-    scores = (fa.Bias(torch.zeros(1, 1, 1, 1)), fa.RelativeBias(torch.zeros(1), offset=1), fa.ALiBi(torch.zeros(1)))
-    coords = fa.Coordinates(b=1, h=1, q=1, k=1)
-    mask = fa.Dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
-    p = functional.problem(q, q, q, mask, scores, torch.zeros(1), None, 1e-9, "tiled", None, coords)
-    p = dataclasses.replace(p, dropout_p=1.5 / 2**32)  # a threshold of 1
-    for recorded in offline.recorded(dataclasses.replace(p, param_grads=True), "sm_80", 2):
-        offline.compiled(recorded, "sm_80")
 
 
 HEADS = 4

@@ -138,11 +138,12 @@ def test_a_bool_mask_as_bits(shape):
     assert torch.equal((flat[at] >> key % 32 & 1).bool(), wanted)
 
 
-@pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (32, 64), (16, 128)])
-def test_dense_masks_in_tiles_of_half_a_word_and_of_several(block_q, block_k, monkeypatch):
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "name"), [(16, 16, "scattered"), (32, 64, "with lengths"), (16, 128, "scattered")]
+)
+def test_dense_masks_in_tiles_of_half_a_word_and_of_several(block_q, block_k, name, monkeypatch):
     monkeypatch.setattr(triton_call, "launch", lambda *_: launch.Launch(block_q, block_k, 4, 1))
-    assert_dense("scattered")
-    assert_dense("with lengths")
+    assert_dense(name)
 
 
 @pytest.mark.parametrize("name", DENSE)
