@@ -188,7 +188,8 @@ def parsed(launch: Recorded, arch: str) -> str:
     ir.load_dialects(context)
     compiler.load_dialects(context)
     functions, modules = compiler.get_codegen_implementation(options), compiler.get_module_map()
-    module, stages = source.make_ir(target, options, functions, modules, context), {}
+    module = source.make_ir(target, options, functions, modules, context)
+    stages: dict[str, Any] = {}
     compiler.add_stages(stages, options, source.language)
     return str(stages["ttir"](module, {}))
 
