@@ -53,15 +53,28 @@ def row_delta(
 
 
 @jit
-def weights(x, lse2, at, scale, scores, SCORES: tl.constexpr, first: tl.constexpr):
-    """p of raw products x, and p times the derivative of the modifiers from `first` on."""
+def weights(x, lse2, at, scale, scores, seen, SCORES: tl.constexpr, first: tl.constexpr):
+    """p of raw products x, and p times the derivative of the modifiers from `first` on. seen: `hidden`."""
     if len(SCORES) == 0:
-        p = tl.exp2(x * (scale * LOG2E) - lse2)
+        p = tl.exp2(hidden(x * (scale * LOG2E) - lse2, seen, float("-inf")))
         return p, p
     else:
         x = x * scale
-        p = tl.exp2(apply_scores(x, at, scores, SCORES, len(SCORES)) * LOG2E - lse2)
-        return p, pull_scores(p, x, at, scores, SCORES, first)
+        p = tl.exp2(hidden(apply_scores(x, at, scores, SCORES, len(SCORES)) * LOG2E - lse2, seen, float("-inf")))
+        return p, hidden(pull_scores(p, x, at, scores, SCORES, first), seen, 0.0)
+
+
+@jit
+def hidden(x, seen, instead):
+    """x, and `instead` of what `seen`, () or (bool tensor,), hides.
+
+    A selection in front of a conversion to 16 bits the compiler moves behind it, where it takes registers apart and joins them
+    again. So factors are hidden rather than their product, and exponents rather than powers.
+    """
+    if len(seen) == 0:
+        return x
+    else:
+        return tl.where(seen[0], x, instead)
 
 
 @jit
@@ -98,7 +111,7 @@ def dq_tiles(
         some = keys_shown(step, run, FLAGS, BLOCK_K, MASKED)
         k_tile = load_some(k, k0, strides[1], first, last, some, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
-        _, w = weights(product, lse2[:, None], at, scale, data[2], SCORES, 0)
+        _, w = weights(product, lse2[:, None], at, scale, data[2], (), SCORES, 0)
         v_tile = load_rows(v, k0, strides[2], first, last, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         dp = dot_rows(do, v_tile, DIMS[2], DIMS[3], PRECISION)
         if FLAGS[7]:
@@ -226,21 +239,19 @@ def dkdv_tiles(
         q0, q_idx, at = query_tile(step, run, columns, call, FLAGS, BLOCK_Q, MASKED)
         q_tile = load_rows(q, q0, strides[0], 0, n_q, BLOCK_Q, DIMS[0], DIMS[1], MASKED)
         product = dot_rows(k, q_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_K, BLOCK_Q]
-        p, w = weights(product, tl.load(lse2 + q_idx)[None, :], at, scale, data[2], SCORES, 0)
+        seen = ()
+        if MASKED:
+            seen = (seen_queries(q0, q_idx, at, columns, call, FLAGS, PREDICATES),)  # type: ignore[assignment]
+        p, w = weights(product, tl.load(lse2 + q_idx)[None, :], at, scale, data[2], seen, SCORES, 0)
         do_tile = load_rows(do, q0, strides[3], 0, n_q, BLOCK_Q, DIMS[2], DIMS[3], MASKED)
         dp = dot_rows(v, do_tile, DIMS[2], DIMS[3], PRECISION)
         q_tile, do_tile = own_columns(q_tile, DIMS[0], DIMS[1]), own_columns(do_tile, DIMS[2], DIMS[3])
-        if MASKED:
-            seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
-            p = tl.where(seen, p, 0.0)
         if FLAGS[7]:
             keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
-            p = tl.where(keep, p, 0.0)
+            p = p * tl.where(keep, 1.0, 0.0)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         dv = dot_add(rounded(p, do_tile.dtype), do_tile, dv, PRECISION)
-        x = w * (dp - tl.load(delta + q_idx)[None, :])
-        if MASKED:
-            x = tl.where(seen, x, 0.0)
+        x = w * hidden(dp - tl.load(delta + q_idx)[None, :], seen, 0.0)
         dk = dot_add(rounded(x, q_tile.dtype), q_tile, dk, PRECISION)
     return dk, dv
 
@@ -269,7 +280,7 @@ def backward_dkdv(
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
         walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
-        columns = (k_idx, r, b, h, k0)
+        columns = (k_idx, r, b, h)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[3])
         row = (b * n_kv * GROUP + h) * n_pad
         dk, dv = dkdv_tiles(

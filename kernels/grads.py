@@ -13,7 +13,7 @@ from .backward import weights
 from .chain import place
 from .dense import tile_class
 from .dropout import kept
-from .masks import predicates, row_spans
+from .masks import functions, row_spans, spread, tile_bits
 from .shim import jit, kernel, tl
 from .tangents import crossed, tangent_tile
 from .tiles import dot_rows, dot_rows_add, head_of, load_rows, rounded
@@ -102,7 +102,10 @@ def gradient_tile(
         hides = any_hidden | (FLAGS[9] == 2)
     if some:
         if hides:
-            seen = predicates(seen, data[0], at, near_q, k0, FLAGS, PREDICATES, BLOCK_K, False)
+            if FLAGS[9]:
+                words = tile_bits(data[0][1], b, h, near_q, k0, PREDICATES, BLOCK_K)
+                seen = seen & spread(words, tl.arange(0, BLOCK_K)[None, :])
+            seen = functions(seen, at, PREDICATES)
         q_tile = load_rows(head_of(q, b, h, strides[0]), q0, strides[0], 0, size[0], BLOCK_Q, DIMS[0], DIMS[1], RAGGED)
         k_head, v_head = head_of(k, b, h // GROUP, strides[1]), head_of(v, b, h // GROUP, strides[2])
         k_tile = load_rows(k_head, k0, strides[1], 0, size[1], BLOCK_K, DIMS[0], DIMS[1], RAGGED)
@@ -116,7 +119,7 @@ def gradient_tile(
             keep = kept(data[3], b, at, k0 + size[5], BLOCK_Q, BLOCK_K, FLAGS, False)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         if len(PUSHED) == 0:
-            _, w = weights(product, row_lse, at, scale, data[2], SCORES, BEHIND)
+            _, w = weights(product, row_lse, at, scale, data[2], (), SCORES, BEHIND)
             g = w * (dp - row_delta)
         else:
             change, tdp = tangent_products(

@@ -15,6 +15,7 @@ size is (n_q, n_k, start, stop, q_at, k_at).
 from .shim import jit, kernel, tl
 
 WORD = tl.constexpr(32)  # bits of a word of a bool tensor
+BEYOND = tl.constexpr((1 << 31) - 1)  # no key has this index
 
 
 @jit
@@ -42,9 +43,34 @@ def row_spans(mask, r, b, h, q_idx, ok, size, FLAGS: tl.constexpr):
 
 
 @jit
-def parts(BLOCK_K: tl.constexpr):
-    """Words that hold a bit per key of a tile."""
-    return BLOCK_K // WORD if BLOCK_K > WORD else 1
+def spans_of_columns(mask, r, b, h, q_idx, k_idx, size, FLAGS: tl.constexpr):
+    """Which of the keys k_idx the rows q_idx see through span r; rows that do not exist see none. # [BLOCK_K, BLOCK_Q]
+
+    With fewer operations a row than `row_spans`: here each of them is one for every thread that has a pair of the row.
+    """
+    ok = q_idx < size[0]
+    if FLAGS[0]:
+        start, stop = row_spans(mask, r, b, h, q_idx, ok, size, FLAGS)
+    else:
+        start = tl.where(ok, q_idx * FLAGS[1] + affine_bound(mask[0], 0, b, size), BEYOND)
+        stop = q_idx * FLAGS[2] + affine_bound(mask[0], 1, b, size)
+        k_idx = tl.where(k_idx < size[1], k_idx, BEYOND)
+    return (k_idx[:, None] >= start[None, :]) & (k_idx[:, None] < stop[None, :])
+
+
+@jit
+def parts(BLOCK: tl.constexpr):
+    """Words that hold a bit per key, or row, of a tile."""
+    return BLOCK // WORD if BLOCK > WORD else 1
+
+
+@jit
+def spread(words, index):
+    """Which bits of a tile's words, of which there are `parts`, are set; index counts the tile's keys, or rows, from 0."""
+    word = words[0]
+    for part in tl.static_range(1, len(words)):
+        word = tl.where(index >= part * WORD, words[part], word)
+    return (word >> index % WORD) & 1 != 0
 
 
 @jit
@@ -169,32 +195,24 @@ def always(b, h, q_idx, k_idx):
 
 
 @jit
-def predicates(seen, mask, at, q_idx, k0, FLAGS: tl.constexpr, PREDICATES: tl.constexpr, BLOCK_K: tl.constexpr,
-               COLUMNS: tl.constexpr):  # fmt: skip
-    """`seen` and every predicate; at has the coordinates, q_idx the rows' storage indices in the tile's shape, and k0 is its
-    first key, a multiple of BLOCK_K. COLUMNS: the tile is (keys, rows)."""
-    if FLAGS[9]:
-        key = tl.arange(0, BLOCK_K)
-        if COLUMNS:
-            key = key[:, None]
-        else:
-            key = key[None, :]
-        word = dense_bits(mask[1], at[4], at[5], q_idx, k0, PREDICATES)
-        for part in tl.static_range(1, BLOCK_K // WORD):
-            word = tl.where(key >= part * WORD, dense_bits(mask[1], at[4], at[5], q_idx, k0 + part * WORD, PREDICATES), word)
-        seen = seen & ((word >> key % WORD) & 1 != 0)
-    return functions(seen, at, PREDICATES)
-
-
-@jit
 def dense_bits(bits, b, h, q_idx, key, PREDICATES: tl.constexpr):
-    """A bit for each of WORD keys from `key` on: whether every bool tensor shows it."""
+    """A bit for each of WORD keys from `key` on: whether every bool tensor shows it. Turned bits: rows for keys."""
     found = -1
     for i in tl.static_range(len(PREDICATES)):
         if PREDICATES[i] is None:
             x = plane_of(bits[i][0], b, h, bits[i][1]) + plane_offset(q_idx, key // WORD, bits[i][1], bits[i][2])
             found = found & (tl.load(x) >> key % WORD)
     return found
+
+
+@jit
+def tile_bits(bits, b, h, q_idx, first, PREDICATES: tl.constexpr, BLOCK: tl.constexpr):
+    """`dense_bits` of the BLOCK keys from `first` on, a multiple of BLOCK, in a tuple of words."""
+    PARTS: tl.constexpr = parts(BLOCK)
+    words = ()
+    for part in tl.static_range(PARTS):
+        words = words + (dense_bits(bits, b, h, q_idx, first + part * WORD, PREDICATES),)  # type: ignore[assignment]
+    return words
 
 
 @jit

@@ -108,7 +108,7 @@ def jvp_tiles(
         tk_tile = load_rows(tk, k0, strides[4], first, last, BLOCK_K, DIMS[0], DIMS[1], MASKED)
         product = dot_rows(q, k_tile, DIMS[0], DIMS[1], PRECISION)  # [BLOCK_Q, BLOCK_K]
         change = crossed(q, tq, k_tile, tk_tile, DIMS[0], DIMS[1], PRECISION) * scale
-        p, _ = weights(product, lse2[:, None], at, scale, data[2], SCORES, len(SCORES))
+        p, _ = weights(product, lse2[:, None], at, scale, data[2], (), SCORES, len(SCORES))
         change = push_scores(change, product * scale, at, data[2], tscores, SCORES, PUSHED, len(SCORES))
         v_tile = load_some(v, k0, strides[2], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         tv_tile = load_some(tv, k0, strides[5], first, last, known, BLOCK_K, DIMS[2], DIMS[3], MASKED)
@@ -198,7 +198,7 @@ def tangent_tile(
     x and x. are the gradient in front of modifier `first` and its tangent: of the scores themselves with 0.
     """
     s, ds = product * scale, change * scale
-    p, _ = weights(product, lse2, at, scale, scores, SCORES, len(SCORES))
+    p, _ = weights(product, lse2, at, scale, scores, (), SCORES, len(SCORES))
     u = push_scores(ds, s, at, scores, tscores, SCORES, PUSHED, len(SCORES)) - tlse
     r = dp - delta
     x, tx = pull_tangents(p * r, p * (u * r + tdp - tdelta), s, ds, at, scores, tscores, SCORES, PUSHED, first)
@@ -347,7 +347,7 @@ def dkdv_jvp_tiles(
             tl.load(delta + q_idx)[None, :], tl.load(tdelta + q_idx)[None, :], at, scale, data[2], tscores, SCORES, PUSHED, 0,
         )  # fmt: skip
         if MASKED:
-            seen = seen_queries(q_idx, at, columns, call, FLAGS, PREDICATES)
+            seen = seen_queries(q0, q_idx, at, columns, call, FLAGS, PREDICATES)
             p, pu = tl.where(seen, p, 0.0), tl.where(seen, pu, 0.0)
             x, tx = tl.where(seen, x, 0.0), tl.where(seen, tx, 0.0)
         if FLAGS[7]:
@@ -385,7 +385,7 @@ def backward_dkdv_jvp(
     for step in tl.range(0, GROUP * SPANS, num_stages=1):
         h, r = kv * GROUP + step // SPANS, step % SPANS
         walk = query_walk(data[0], r, b, h, k0, size, FLAGS, PREDICATES, BLOCKS)
-        columns = (k_idx, r, b, h, k0)
+        columns = (k_idx, r, b, h)
         q_head, do_head = head_of(q, b, h, strides[0]), head_of(do, b, h, strides[6])
         tq_head, tdo_head = head_of(tq, b, h, strides[3]), do_head
         if TDO:

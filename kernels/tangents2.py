@@ -75,7 +75,7 @@ def jvp2_tiles(
             mixed += crossed(q, q12, k, k12, DIMS[0], DIMS[1], PRECISION)
         along1 = crossed(q, q1, k, k1, DIMS[0], DIMS[1], PRECISION)
         along2 = crossed(q, q2, k, k2, DIMS[0], DIMS[1], PRECISION)
-        p, _ = weights(product, lse2[:, None], at, scale, data[2], SCORES, len(SCORES))
+        p, _ = weights(product, lse2[:, None], at, scale, data[2], (), SCORES, len(SCORES))
         a1, a2, a12 = push_twice(
             along1 * scale, along2 * scale, mixed * scale, product * scale, at, data[2], tscores, SCORES, PUSHED
         )

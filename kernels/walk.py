@@ -6,12 +6,12 @@ of tiles, and tiles from jump_at on are moved by jump. Where there is a tile map
 full tiles, mixed tiles, tiles, shown keys) and a run (from, to, list, shown keys): the tile at a step is entry step // BLOCK of
 the list.
 
-rows is (q_idx, start, stop, b, h) of a tile of rows and one of its spans; columns is (k_idx, r, b, h, k0) of a tile of keys and
-the number of a span. call is (data, size, n_b), and data (mask, coords, scores, dropout).
+rows is (q_idx, start, stop, b, h) of a tile of rows and one of its spans; columns is (k_idx, r, b, h) of a tile of keys and the
+number of a span. call is (data, size, n_b), and data (mask, coords, scores, dropout).
 """
 
 from .chain import place
-from .masks import WORD, dense_bits, functions, key_range, parts, predicates, row_range, row_spans, span_bits
+from .masks import WORD, functions, key_range, parts, row_range, span_bits, spans_of_columns, spread, tile_bits
 from .shim import jit, tl
 
 
@@ -51,12 +51,12 @@ def query_walk(mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.cons
 def keys_shown(step, run, FLAGS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
     """(which keys of the tile at a step of a run any row sees,), or () where all may be read, or nobody knows. # [BLOCK_K]"""
     if MASKED and FLAGS[9] == 1:
-        key = tl.arange(0, BLOCK_K)
-        at = run[3] + step // BLOCK_K * parts(BLOCK_K)
-        word = tl.load(at)
-        for part in tl.static_range(1, BLOCK_K // WORD):
-            word = tl.where(key >= part * WORD, tl.load(at + part), word)
-        return ((word >> key % WORD) & 1 != 0,)
+        PARTS: tl.constexpr = parts(BLOCK_K)
+        at = run[3] + step // BLOCK_K * PARTS
+        words = ()
+        for part in tl.static_range(PARTS):
+            words = words + (tl.load(at + part),)  # type: ignore[assignment]
+        return (spread(words, tl.arange(0, BLOCK_K)),)
     else:
         return ()
 
@@ -116,14 +116,12 @@ def seen_keys(k0, k_idx, at, rows, call, FLAGS: tl.constexpr, PREDICATES: tl.con
     """Which pairs of a key tile are visible. # [BLOCK_Q, BLOCK_K]"""
     BLOCK_K: tl.constexpr = k_idx.shape[0]
     if FLAGS[9]:  # WORD keys at once
-        start, stop, q_idx = rows[1][:, None], rows[2][:, None], rows[0][:, None]
-        key = tl.arange(0, BLOCK_K)[None, :]
-        word = span_bits(start, stop, k0) & dense_bits(call[0][0][1], rows[3], rows[4], q_idx, k0, PREDICATES)
-        for part in tl.static_range(1, BLOCK_K // WORD):
-            k_at = k0 + part * WORD
-            more = span_bits(start, stop, k_at) & dense_bits(call[0][0][1], rows[3], rows[4], q_idx, k_at, PREDICATES)
-            word = tl.where(key >= part * WORD, more, word)
-        seen = (word >> key % WORD) & 1 != 0
+        found = tile_bits(call[0][0][1], rows[3], rows[4], rows[0][:, None], k0, PREDICATES, BLOCK_K)
+        words = ()
+        for part in tl.static_range(len(found)):
+            in_span = span_bits(rows[1][:, None], rows[2][:, None], k0 + part * WORD)
+            words = words + (in_span & found[part],)  # type: ignore[assignment]
+        seen = spread(words, tl.arange(0, BLOCK_K)[None, :])
     else:
         seen = (k_idx[None, :] >= rows[1][:, None]) & (k_idx[None, :] < rows[2][:, None])
     return functions(seen, at, PREDICATES)
@@ -141,10 +139,12 @@ def query_tile(step, run, columns, call, FLAGS: tl.constexpr, BLOCK: tl.constexp
 
 
 @jit
-def seen_queries(q_idx, at, columns, call, FLAGS: tl.constexpr, PREDICATES: tl.constexpr):
+def seen_queries(q0, q_idx, at, columns, call, FLAGS: tl.constexpr, PREDICATES: tl.constexpr):
     """Which pairs of a query tile are visible. # [BLOCK_K, BLOCK_Q]"""
-    n_q = call[1][0]
-    start, stop = row_spans(call[0][0], columns[1], columns[2], columns[3], q_idx, q_idx < n_q, call[1], FLAGS)
-    seen = (columns[0][:, None] >= start[None, :]) & (columns[0][:, None] < stop[None, :])
-    near = tl.minimum(q_idx, n_q - 1)
-    return predicates(seen, call[0][0], at, near[None, :], columns[4], FLAGS, PREDICATES, columns[0].shape[0], True)
+    seen = spans_of_columns(call[0][0], columns[1], columns[2], columns[3], q_idx, columns[0], call[1], FLAGS)
+    if FLAGS[9]:  # mask[1] has turned bits, WORD rows at once
+        BLOCK_Q: tl.constexpr = q_idx.shape[0]
+        near = tl.minimum(columns[0], call[1][1] - 1)[:, None]
+        words = tile_bits(call[0][0][1], columns[2], columns[3], near, q0, PREDICATES, BLOCK_Q)
+        seen = seen & spread(words, tl.arange(0, BLOCK_Q)[None, :])
+    return functions(seen, at, PREDICATES)

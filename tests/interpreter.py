@@ -56,7 +56,27 @@ def install():
         object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
     interpreter._patch_lang = patch_once
     interpreter._get_np_dtype = remembered_dtype
+    interpreter.TensorHandle.__post_init__ = lambda self: None  # what it checks is the interpreter's own work
     remember_shapes(interpreter.tl.core)
+    skip_what_is_alike(interpreter.TritonSemantic)
+
+
+def skip_what_is_alike(semantic):
+    """Spread operands over each other's shape only where they differ in it, and settle once what two types give."""
+    broadcast, common = semantic.broadcast_impl_value, semantic.computation_type_impl
+    types = {}
+
+    def broadcast_unless_alike(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        alike = a.shape.values == b.shape.values if a.is_block() and b.is_block() else not (a.is_block() or b.is_block())
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    def remembered_type(self, *arguments):
+        if arguments not in types:
+            types[arguments] = common(self, *arguments)
+        return types[arguments]
+
+    semantic.broadcast_impl_value, semantic.computation_type_impl = broadcast_unless_alike, remembered_type
 
 
 def remember_shapes(core):

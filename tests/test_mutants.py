@@ -10,13 +10,20 @@ from test_triton import needs_triton
 pytestmark = needs_triton
 FEATURES, TANGENTS = "interpreted/features.py::", "interpreted/tangents.py::"
 DENSE = FEATURES + "test_block_structured_dense_masks[{}]"
+UNSEEN = FEATURES + "test_what_no_row_sees_may_hold_anything[{}]"
 TILES = FEATURES + "test_long_enough_for_every_kind_of_tile[{}]"
 
 # name -> (file, what stands there, the fault, the test that must see it)
 MUTANTS = {
     "mask bound": ("walk.py", "(k_idx[None, :] < rows[2][:, None])", "(k_idx[None, :] <= rows[2][:, None])",
                    TILES.format("causal")),
-    "row mask of the column pass": ("backward.py", "p = tl.where(seen, p, 0.0)", "p = p * 1.0", TILES.format("causal")),
+    "mask of dk": ("backward.py", "hidden(dp - tl.load(delta + q_idx)[None, :], seen, 0.0)",
+                   "(dp - tl.load(delta + q_idx)[None, :])", UNSEEN.format("lengths-plain")),
+    "mask of dv": ("backward.py", "data[2], seen, SCORES, 0)", "data[2], (), SCORES, 0)", TILES.format("causal")),
+    "mask of a slope": ("backward.py", "hidden(pull_scores(p, x, at, scores, SCORES, first), seen, 0.0)",
+                        "pull_scores(p, x, at, scores, SCORES, first)", UNSEEN.format("lengths-softcap")),
+    "rows that do not exist": ("masks.py", "tl.where(ok, q_idx * FLAGS[1]", "tl.where(ok | True, q_idx * FLAGS[1]",
+                               UNSEEN.format("causal-plain")),
     "full run too long": ("masks.py", "full_hi = tl.min(tl.where(ok, stop, n_k))", "full_hi = tl.max(tl.where(ok, stop, 0))",
                           TILES.format("causal")),
     "last row of a key tile": ("masks.py", "last = tl.where(some, row + 1, last)", "last = tl.where(some, row, last)",
@@ -58,7 +65,7 @@ MUTANTS = {
                                   DENSE.format("documents")),
     "the half of a word": ("masks.py", "tl.load(x) >> key % WORD", "tl.load(x)",
                            FEATURES + "test_dense_masks_in_tiles_of_half_a_word_and_of_several[16-16-scattered]"),
-    "a word of several": ("walk.py", "word = tl.where(key >= part * WORD, more, word)", "word = more",
+    "a word of several": ("masks.py", "tl.where(index >= part * WORD, words[part], word)", "words[part]",
                           FEATURES + "test_dense_masks_in_tiles_of_half_a_word_and_of_several[32-64-with lengths]"),
     "a tile of several cells": ("dense.py", "tl.max(found & 1, 1) > 0", "tl.min(found & 1, 1) > 0", DENSE.format("documents")),
     "a full tile beyond its span": ("dense.py", "& (tile * BLOCK < full_hi)", "", DENSE.format("with lengths")),

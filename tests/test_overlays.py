@@ -23,8 +23,9 @@ def ttsem(tmp_path_factory):
 
 @pytest.mark.slow
 def test_suite_under_ttsem(ttsem):
-    """But for what test_emulated.py runs as compiled, and what float16 shows as well."""
-    left_out = *(test for part in PARTS.values() for test in part), "test_everything_at_once[float32]"
+    """But for what test_emulated.py runs as compiled, and what others of its tests show as well."""
+    alike = [f"test_every_mask[{name}]" for name in ("checkerboard", "dense_custom", "chunked")]
+    left_out = *(test for part in PARTS.values() for test in part), *alike, "test_everything_at_once[float32]"
     elsewhere = [f"--deselect=tests/{SUITE}::{test}" for test in left_out]
     done = ttsem(ROOT, SUITE, *elsewhere)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -15,11 +15,13 @@ from ..kernels import dense, masks
 from ..kernels.launch import Launch
 from ..masks import DensePredicate
 from ..problem import Problem
+from ..scores.base import plane_strides, wide_plane
 from . import triton_call
 from .triton_call import Call, cdiv, on_device
 
 CELL, WORD = 16, 32  # kernels/dense.py, kernels/masks.py
 PACK = Launch(16, 512, 4, 1)  # of the pass over a bool mask
+TURN = Launch(64, 128, 4, 1)  # and of that over its transpose: rows are neighbours in memory
 MAP = Launch(64, 256, 4, 1)  # of the map's pass over the bits
 CHUNK = 64  # tiles of a list that are looked up at once
 CHUNK_WORDS = 16  # words of shown keys that are made at once
@@ -31,23 +33,34 @@ def prepare(p: Problem) -> Call:
     if not call.flags[9]:
         return call
     (spans, tensors, other), *rest = call.data
-    call = call._replace(data=((spans, tuple(packed(*x) if x else x for x in tensors), other), *rest))
+    call = call._replace(data=((spans, tuple(packed(PACK, *x) if x else x for x in tensors), other), *rest))
     cells, apart = cell_map(p, call)
     return call._replace(cells=cells, flags=(*call.flags, *apart))
 
 
-def packed(x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
+def packed(how: Launch, x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
     """(bits, strides, wide) of a bool tensor as uint8 (B|1, H|1, rows|1, keys|1), its plane_strides and wide_plane."""
     n_b, n_h, n_q, n_k = x.shape
     words = x.new_empty(n_b, n_h, n_q, cdiv(n_k, 512) * 16, dtype=torch.int32)  # `row_words`
-    programs = n_b * n_h * cdiv(n_q, PACK.block_q) * cdiv(words.shape[3] * WORD, PACK.block_k)
+    programs = n_b * n_h * cdiv(n_q, how.block_q) * cdiv(words.shape[3] * WORD, how.block_k)
     with on_device(x):
         triton_call.run(
-            dense.pack_bits, programs, PACK, x, strides, wide, words, n_q, n_k, n_h, PACK.block_q, PACK.block_k
+            dense.pack_bits, programs, how, x, strides, wide, words, n_q, n_k, n_h, how.block_q, how.block_k
         )
     leads = tuple(stride if n > 1 else 0 for n, stride in zip(x.shape[:3], words.stride()[:3], strict=True))
     reach = n_q * words.shape[3] >= 1 << 31
     return words, ((leads[0], 0), (leads[1], 0), leads[2], int(n_k > 1)), 1 if reach else None
+
+
+def turned(p: Problem, bits: tuple[Any, ...]) -> tuple[Any, ...]:
+    """mask[1] for a pass of tiles of keys, where a word holds rows: of every bool tensor the bits of its transpose."""
+    made = []
+    for predicate, known in zip(p.mask.predicates, bits):  # behind them may be one that is no mask's own
+        if isinstance(predicate, DensePredicate):
+            x = predicate.tensor.view(torch.uint8).mT
+            known = packed(TURN, x, plane_strides(x), wide_plane(x))
+        made.append(known)
+    return *made, *bits[len(made) :]
 
 
 def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
@@ -74,7 +87,10 @@ def column_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
     if not call.rows and call.cells is None:
         return call.data
     data = _with(call, key_bounds(p, call, how.block_k) if call.rows else ())
-    return data if call.cells is None else _with(call, _lists(p, call, how, data[0], True))
+    if call.cells is None:
+        return data
+    (spans, bits, lists), *rest = _with(call, _lists(p, call, how, data[0], True))
+    return (spans, turned(p, bits), lists), *rest
 
 
 def tile_pass(call: Call) -> tuple[Any, ...]:

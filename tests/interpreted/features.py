@@ -123,12 +123,13 @@ def test_a_walk_over_a_dense_mask(name, block_q, block_k, columns):
         assert len(set(last)) == n_mixed
 
 
+@pytest.mark.parametrize("how", [triton_tiles.PACK, triton_tiles.TURN])
 @pytest.mark.parametrize("shape", [(2, 1, 19, 35), (1, 3, 1, 520), (2, 2, 3, 1), (1, 1, 1, 1)])
-def test_a_bool_mask_as_bits(shape):
+def test_a_bool_mask_as_bits(shape, how):
     """Bit k % 32 of word k // 32, found by the strides that kernels get; whatever the tensor's own strides are."""
     shown = torch.rand(*shape[::-1], device=DEVICE).permute(3, 2, 1, 0) < 0.5
     x = shown.view(torch.uint8)
-    words, strides, wide = triton_tiles.packed(x, plane_strides(x), wide_plane(x))
+    words, strides, wide = triton_tiles.packed(how, x, plane_strides(x), wide_plane(x))
     assert wide is None
     flat, key = words.flatten().cpu(), torch.arange(32 * words.shape[3])
     b, h, q = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate(shape[:3]))
@@ -349,24 +350,28 @@ def test_a_bias_of_minus_infinity_hides():
     assert_grads(gradients(p)._replace(params=[]), gradients(same), **BAR)
 
 
-def test_what_no_row_sees_may_hold_anything():
+UNSEEN = {
+    "lengths": fa.Lengths(torch.tensor([50])),
+    "left padding": fa.Padding(torch.arange(113)[None] >= 61, "left"),
+    "dense": fa.Dense((torch.arange(113) % 7 != 3)[None, :]),
+    "causal": fa.Causal("top_left"),  # rows that a tile has and q has not would see more keys
+}
+
+
+@pytest.mark.parametrize("score", [(), fa.Softcap(3.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_no_row_sees_may_hold_anything(name, score):
     """NaN in one key and infinity in the next."""
-    masks = {
-        "lengths": fa.Lengths(torch.tensor([50])),
-        "left padding": fa.Padding(torch.arange(113)[None] >= 61, "left"),
-        "dense": fa.Dense((torch.arange(113) % 7 != 3)[None, :]),
-    }
-    for mask in masks.values():
-        q, k, v = qkv()
-        hidden = ~mask.to_dense(47, 113).any(2).view(-1)
-        clean = problem(q, k, v, mask)
-        k, v = k.clone(), v.clone()
-        for at, bad in zip(hidden.nonzero().flatten().tolist(), itertools.cycle((torch.nan, torch.inf))):
-            k[:, :, at] = v[:, :, at] = bad
-        dirty = problem(q, k, v, mask)
-        assert torch.equal(triton.forward(clean, False)[0], triton.forward(dirty, False)[0])
-        for a, b in zip(gradients(clean)[:3], gradients(dirty)[:3], strict=True):  # the mean key may differ
-            assert_close(a, b, atol=1e-6, rtol=1e-6)
+    q, k, v = qkv()
+    hidden = ~UNSEEN[name].to_dense(47, 113).any(2).view(-1)
+    clean = problem(q, k, v, UNSEEN[name], score)
+    k, v = k.clone(), v.clone()
+    for at, bad in zip(hidden.nonzero().flatten().tolist(), itertools.cycle((torch.nan, torch.inf))):
+        k[:, :, at] = v[:, :, at] = bad
+    dirty = problem(q, k, v, UNSEEN[name], score)
+    assert torch.equal(triton.forward(clean, False)[0], triton.forward(dirty, False)[0])
+    for a, b in zip(gradients(clean)[:3], gradients(dirty)[:3], strict=True):  # the mean key may differ
+        assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", ["key", "query", "sink"])
