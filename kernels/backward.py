@@ -22,6 +22,7 @@ from .tiles import (
     owned,
     program_tile,
     rounded,
+    rounded_and_wide,
     row_sums,
     store_rows,
 )
@@ -126,10 +127,10 @@ def dq_tiles(
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
         if len(sums) > 0:
             add_up(x, k_idx, sums, MASKED)
-        x = rounded(x, k_tile.dtype)
+        x, wide = rounded_and_wide(x, k_tile.dtype, FLAGS[12])
         dq = dot_add(x, k_tile, dq, PRECISION)
         if ZERO_SUM:
-            total += tl.sum(x.to(tl.float32), 1)
+            total += tl.sum(wide, 1)
     return dq, total
 
 
@@ -248,7 +249,7 @@ def dkdv_tiles(
         q_tile, do_tile = own_columns(q_tile, DIMS[0], DIMS[1]), own_columns(do_tile, DIMS[2], DIMS[3])
         if FLAGS[7]:
             keep = kept(data[3], columns[2], at, k0 + size[5], BLOCK_Q, BLOCKS[1], FLAGS, True)
-            p = p * tl.where(keep, 1.0, 0.0)
+            p = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * data[3][3], 0.0)
         dv = dot_add(rounded(p, do_tile.dtype), do_tile, dv, PRECISION)
         x = w * hidden(dp - tl.load(delta + q_idx)[None, :], seen, 0.0)

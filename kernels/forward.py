@@ -11,7 +11,7 @@ from .chain import apply_scores, apply_terms, terms_of
 from .dropout import kept
 from .masks import row_spans
 from .shim import LN2, LOG2E, jit, kernel, tl
-from .tiles import dot, dot_add, head_of, load_rows, load_some, program_tile, rounded, store_rows
+from .tiles import dot, dot_add, head_of, load_rows, load_some, program_tile, rounded, rounded_and_wide, store_rows
 from .walk import key_tile, key_walk, keys_shown, run_of, seen_keys
 
 
@@ -55,8 +55,8 @@ def forward_tiles(
         v_tile = load_some(v, k0, strides[2], first, last, some, BLOCK_K, DIMS[2], DIMS[3], MASKED)
         if MASKED and len(PREDICATES) > 0 and len(some) == 0:  # what no row of the tile sees may hold anything
             v_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], v_tile, 0.0)
-        weights = rounded(p, v_tile.dtype)
-        out_sum = out_sum * alpha + tl.sum(weights.to(tl.float32), 1)
+        weights, wide = rounded_and_wide(p, v_tile.dtype, FLAGS[12])
+        out_sum = out_sum * alpha + tl.sum(wide, 1)
         if FLAGS[7]:
             keep = kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False)
             weights = tl.where(keep, weights, 0.0)

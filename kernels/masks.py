@@ -3,8 +3,9 @@
 For a tile of rows:   seen = [min start, max stop)     keys outside are never visited
                       full = [max start, min stop)     tiles of keys inside need no masking
 
-FLAGS begins with (rows, row_start, row_stop). With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans an
-entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
+FLAGS are (rows, row_start, row_stop), four of the coordinates (kernels/chain.py), two of dropout, three of bool tensors
+(kernels/dense.py), and the PAIRS of kernels/tiles.py. With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans
+an entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
 entry. PREDICATES are functions of coordinates, or None for a bool tensor, whose bits (kernels/dense.py) are in mask[1] with
 their strides and with None, or 1 where an offset inside a plane of them needs 64 bits. mask[2] is what a pass needs beside: ()
 or, for the columns of `rows`, the table of `span_bounds` with the strides of an entry and a head in it; with a tile map what

@@ -31,6 +31,7 @@ from .tiles import (
     owned,
     program_tile,
     rounded,
+    rounded_and_wide,
     row_sums,
     slice_of,
     store_rows,
@@ -123,8 +124,8 @@ def jvp_tiles(
         if FLAGS[7]:
             p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
         change = p * (change - shift[:, None])
-        weight = rounded(change, v_tile.dtype)
-        off += tl.sum(weight.to(tl.float32) - change, 1)
+        weight, wide = rounded_and_wide(change, v_tile.dtype, FLAGS[12])
+        off += tl.sum(wide - change, 1)
         acc = dot_add(weight, v_tile, acc, PRECISION)
         acc = dot_add(rounded(p, v_tile.dtype), tv_tile, acc, PRECISION)
     return acc, mean, off
@@ -243,11 +244,12 @@ def dq_jvp_tiles(
             if len(PREDICATES) > 0 and len(known) == 0:
                 some = (tl.max(seen.to(tl.int32), 0) > 0)[:, None]
                 k_tile, tk_tile = tl.where(some, k_tile, 0.0), tl.where(some, tk_tile, 0.0)
-        weight, tweight = rounded(x, k_tile.dtype), rounded(tx, k_tile.dtype)
+        weight, wide = rounded_and_wide(x, k_tile.dtype, FLAGS[12])
+        tweight, twide = rounded_and_wide(tx, k_tile.dtype, FLAGS[12])
         if ZERO_SUM:
             x, tx = 0.0, 0.0
-        off += tl.sum(weight.to(tl.float32) - x, 1)
-        toff += tl.sum(tweight.to(tl.float32) - tx, 1)
+        off += tl.sum(wide - x, 1)
+        toff += tl.sum(twide - tx, 1)
         dq = dot_add(tweight, k_tile, dq, PRECISION)
         dq = dot_add(weight, tk_tile, dq, PRECISION)
     return dq, off, toff

@@ -23,6 +23,7 @@ from .tiles import (
     own_columns,
     program_tile,
     rounded,
+    rounded_and_wide,
     row_sums,
     store_rows,
 )  # fmt: skip
@@ -96,8 +97,8 @@ def jvp2_tiles(
         if FLAGS[7]:
             p = tl.where(kept(data[3], rows[3], at, k0 + size[5], BLOCKS[0], BLOCK_K, FLAGS, False), p, 0.0)
         curvature = p * (u1 * u2 + a12)
-        weight = rounded(curvature, v.dtype)
-        off += tl.sum(weight.to(tl.float32) - curvature, 1)
+        weight, wide = rounded_and_wide(curvature, v.dtype, FLAGS[12])
+        off += tl.sum(wide - curvature, 1)
         acc = dot_add(weight, v, acc, PRECISION)
         acc = dot_add(rounded(p * u1, v.dtype), v2, acc, PRECISION)
         acc = dot_add(rounded(p * u2, v.dtype), v1, acc, PRECISION)

@@ -10,6 +10,8 @@ owns one slice of every result, that of its second program id. What rows share i
 
 from .shim import UPCAST, jit, tl
 
+PAIR = tl.constexpr("cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;")
+
 
 @jit
 def head_of(x, b, h, strides):
@@ -125,6 +127,22 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@jit
+def rounded_and_wide(x, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
+    """(`rounded`, the same in float32 again).
+
+    Where both are wanted, compilers for NVIDIA convert to bfloat16 one by one, on the unit of the exponentials, which as many
+    exponentials keep busy already. PAIRS: one instruction for two neighbours instead, on the unit of additions.
+    """
+    if PAIRS and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            PAIR, "=r,=r,=r,r,r", [x], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2
+        )  # fmt: skip
+    else:
+        low = rounded(x, DTYPE)
+        return low, low.to(tl.float32)
 
 
 @jit

@@ -46,11 +46,17 @@ def precision() -> str:
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[setting]
 
 
+def pairs(device: torch.device) -> bool:
+    """Whether kernels for a device may round two values by one PTX instruction: cvt.rn.bf16x2.f32, since sm_80."""
+    arch = architecture(device)
+    return arch.startswith("sm_") and int(arch[3:]) >= 80
+
+
 class Call(NamedTuple):
     """A Problem as the arguments that all kernels share."""
 
     data: tuple[Any, ...]  # of the mask, the coordinates, the scores and dropout
-    flags: tuple[int, ...]  # what is static: of the spans (3), the coordinates (4), dropout (2) and the tile map (1 or 3)
+    flags: tuple[int, ...]  # what is static: kernels/masks.py
     predicates: tuple[Any, ...]
     chain: tuple[tuple[Any, ...], ...]
     ints: tuple[int, ...]  # n_q, n_k, start, stop, q_at, k_at
@@ -77,7 +83,7 @@ def prepare(p: Problem) -> Call:
     dims = (p.q.shape[3], padded(p.q.shape[3]), p.v_dim, padded(p.v_dim))
     return Call(
         (mask, coords, tuple(score.device_args() for score in p.scores), dropout),
-        (*span_flags, *coord_flags, *dropout_flags, _map_flag(predicates)), predicates, chain,
+        (*span_flags, *coord_flags, *dropout_flags, _map_flag(predicates), 0, 0, int(pairs(p.q.device))), predicates, chain,
         (p.n_q, p.n_k, start, stop, q_at, k_at),
         spans, dims, precision(), operands, tuple(x.stride() for x in operands), None,
     )  # fmt: skip

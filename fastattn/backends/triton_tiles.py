@@ -35,7 +35,7 @@ def prepare(p: Problem) -> Call:
     (spans, tensors, other), *rest = call.data
     call = call._replace(data=((spans, tuple(packed(PACK, *x) if x else x for x in tensors), other), *rest))
     cells, apart = cell_map(p, call)
-    return call._replace(cells=cells, flags=(*call.flags, *apart))
+    return call._replace(cells=cells, flags=(*call.flags[:10], *apart, *call.flags[12:]))
 
 
 def packed(how: Launch, x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
