@@ -127,7 +127,7 @@ def dq_tiles(
                 k_tile = tl.where((tl.max(seen.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
         if len(sums) > 0:
             add_up(x, k_idx, sums, MASKED)
-        x, wide = rounded_and_wide(x, k_tile.dtype, FLAGS[12])
+        x, wide = rounded_and_wide(x, k_tile.dtype, FLAGS[12] and len(sums) == 0)  # with sums registers are what is short
         dq = dot_add(x, k_tile, dq, PRECISION)
         if ZERO_SUM:
             total += tl.sum(wide, 1)

@@ -225,7 +225,7 @@ def test_a_bias_is_read_in_wide_loads(kernel, tmp_path, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("arch", "head_dim", "n_b"), [("sm_80", 64, 1), ("sm_80", 128, 2), ("sm_90", 64, 2), ("sm_90", 128, 1)]
+    ("arch", "head_dim", "n_b"), [("sm_80", 64, 1), ("sm_80", 128, 2), ("sm_90", 64, 2), ("sm_90", 128, 1), ("sm_90", 128, 2)]
 )
 def test_the_gradient_of_a_bias_spills_nothing_in_loops(arch, head_dim, n_b):
     """By itself, and beside dq, where it is written in wide stores but for tiles at the edge. Added up over entries at 128, a
