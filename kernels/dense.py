@@ -1,6 +1,6 @@
 """Bool masks as bits, and the map of their tiles: which are empty, full or mixed. Small passes on the device.
 
-    pack_bits    a bit per pair, of every bool tensor: the only pass that reads its bytes
+    pack_bits    a bit per pair, of every bool tensor or, for passes of tiles of keys, its transpose; nothing else reads bytes
     cell_map     one byte per cell of CELL x CELL pairs: 1 if any is visible, plus 2 if any is hidden, over all bool tensors
     tile_lists   for every tile of a pass the tiles of the other side that it visits, spans included: plain ones, then mixed
     shown_keys   beside the lists of a pass over keys, a bit per key of every mixed tile: whether any row sees it

@@ -6,10 +6,10 @@ For a tile of rows:   seen = [min start, max stop)     keys outside are never vi
 FLAGS are (rows, row_start, row_stop), four of the coordinates (kernels/chain.py), two of dropout, three of bool tensors
 (kernels/dense.py), and the PAIRS of kernels/tiles.py. With `rows`, mask[0] holds int32 tensors (start, stop) and how many spans
 an entry and a head are apart; else R is 1 and a bound is `row * i + constant`, the constant an int (in `size`) or a tensor by
-entry. PREDICATES are functions of coordinates, or None for a bool tensor, whose bits (kernels/dense.py) are in mask[1] with
-their strides and with None, or 1 where an offset inside a plane of them needs 64 bits. mask[2] is what a pass needs beside: ()
-or, for the columns of `rows`, the table of `span_bounds` with the strides of an entry and a head in it; with a tile map what
-kernels/dense.py has.
+entry. PREDICATES are functions of coordinates, or None for a bool tensor, whose bits (kernels/dense.py; turned, with rows for
+keys, in a pass of tiles of keys) are in mask[1] with their strides and with None, or 1 where an offset inside a plane of them
+needs 64 bits. mask[2] is what a pass needs beside: () or, for the columns of `rows`, the table of `span_bounds` with strides
+by entry and head in it; with a tile map what kernels/dense.py has.
 size is (n_q, n_k, start, stop, q_at, k_at).
 """
 
@@ -209,9 +209,8 @@ def dense_bits(bits, b, h, q_idx, key, PREDICATES: tl.constexpr):
 @jit
 def tile_bits(bits, b, h, q_idx, first, PREDICATES: tl.constexpr, BLOCK: tl.constexpr):
     """`dense_bits` of the BLOCK keys from `first` on, a multiple of BLOCK, in a tuple of words."""
-    PARTS: tl.constexpr = parts(BLOCK)
     words = ()
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range((BLOCK + WORD - 1) // WORD):  # `parts`, whose result Triton 3.6 takes for no constant
         words = words + (dense_bits(bits, b, h, q_idx, first + part * WORD, PREDICATES),)  # type: ignore[assignment]
     return words
 

@@ -10,6 +10,7 @@ owns one slice of every result, that of its second program id. What rows share i
 
 from .shim import UPCAST, jit, tl
 
+# float32 $3 and $4 to a register of both in bfloat16, and to what they are then in float32
 PAIR = tl.constexpr("cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;")
 
 
@@ -137,9 +138,7 @@ def rounded_and_wide(x, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
     exponentials keep busy already. PAIRS: one instruction for two neighbours instead, on the unit of additions.
     """
     if PAIRS and tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            PAIR, "=r,=r,=r,r,r", [x], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2
-        )  # fmt: skip
+        return tl.inline_asm_elementwise(PAIR, "=r,=r,=r,r,r", [x], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2)
     else:
         low = rounded(x, DTYPE)
         return low, low.to(tl.float32)

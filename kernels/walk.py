@@ -51,10 +51,9 @@ def query_walk(mask, r, b, h, k0, size, FLAGS: tl.constexpr, PREDICATES: tl.cons
 def keys_shown(step, run, FLAGS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
     """(which keys of the tile at a step of a run any row sees,), or () where all may be read, or nobody knows. # [BLOCK_K]"""
     if MASKED and FLAGS[9] == 1:
-        PARTS: tl.constexpr = parts(BLOCK_K)
-        at = run[3] + step // BLOCK_K * PARTS
+        at = run[3] + step // BLOCK_K * parts(BLOCK_K)
         words = ()
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range((BLOCK_K + WORD - 1) // WORD):
             words = words + (tl.load(at + part),)  # type: ignore[assignment]
         return (spread(words, tl.arange(0, BLOCK_K)),)
     else:

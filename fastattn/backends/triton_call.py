@@ -49,7 +49,7 @@ def precision() -> str:
 def pairs(device: torch.device) -> bool:
     """Whether kernels for a device may round two values by one PTX instruction: cvt.rn.bf16x2.f32, since sm_80."""
     arch = architecture(device)
-    return arch.startswith("sm_") and int(arch[3:]) >= 80
+    return not shim.INTERPRETED and arch.startswith("sm_") and int(arch[3:]) >= 80
 
 
 class Call(NamedTuple):

@@ -166,9 +166,9 @@ def _source(launch: Recorded, arch: str) -> tuple[Any, Any, Any, Any]:
     target, compiler, arguments, specialization = _bound(launch, arch)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kernel = launch.kernel
-    parsed, signature, constants, attributes = kernel._pack_args(compiler, options, arguments, specialization, None)
+    options, signature, constants, attributes = kernel._pack_args(compiler, options, arguments, specialization, None)
     source = gluon.GluonASTSource if kernel.is_gluon() else ASTSource
-    return source(kernel, signature, constants, attributes), target, compiler, parsed
+    return source(kernel, signature, constants, attributes), target, compiler, options
 
 
 def compiled(launch: Recorded, arch: str) -> Any:

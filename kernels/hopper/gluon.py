@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..shim import SIZES
+from ..tiles import PAIR
 
 try:
     from triton.experimental import gluon
@@ -78,7 +79,6 @@ def named_barrier_arrive(NUMBER: gl.constexpr, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(asm, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
-TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;")
 TO_FP16 = gl.constexpr(
     "{.reg .b16 a, b; cvt.rn.f16x2.f32 $0, $4, $3; mov.b32 {a, b}, $0; cvt.f32.f16 $1, a; cvt.f32.f16 $2, b;}"
 )
@@ -91,6 +91,6 @@ def rounded(x, DTYPE: gl.constexpr):
     Left to itself the compiler converts one by one, at the rate of exponentials, what is used in both.
     """
     if gl.bfloat16 == DTYPE:
-        return gl.inline_asm_elementwise(TO_BF16, "=r,=r,=r,r,r", [x], dtype=(gl.bfloat16, gl.float32), is_pure=True, pack=2)
+        return gl.inline_asm_elementwise(PAIR, "=r,=r,=r,r,r", [x], dtype=(gl.bfloat16, gl.float32), is_pure=True, pack=2)
     else:
         return gl.inline_asm_elementwise(TO_FP16, "=r,=r,=r,r,r", [x], dtype=(gl.float16, gl.float32), is_pure=True, pack=2)
