@@ -1,6 +1,7 @@
 """Bool masks as bits, and the map of their tiles: which are empty, full or mixed. Small passes on the device.
 
-    pack_bits    a bit per pair, of every bool tensor or, for passes of tiles of keys, its transpose; nothing else reads bytes
+    pack_bits    a bit per pair, of every bool tensor: the only pass that reads its bytes
+    turn_bits    those bits transposed, for passes of tiles of keys
     cell_map     one byte per cell of CELL x CELL pairs: 1 if any is visible, plus 2 if any is hidden, over all bool tensors
     tile_lists   for every tile of a pass the tiles of the other side that it visits, spans included: plain ones, then mixed
     shown_keys   beside the lists of a pass over keys, a bit per key of every mixed tile: whether any row sees it
@@ -37,7 +38,30 @@ def pack_bits(x, strides, wide, words, n_q, n_k, n_h, BLOCK_Q: tl.constexpr, BLO
     q_idx, k_idx = q0 + tl.arange(0, BLOCK_Q)[:, None], k0 + tl.arange(0, BLOCK_K)[None, :]
     inside = (q_idx < n_q) & ((k_idx < n_k) | (n_k == 1))
     at = plane_of(x, head // n_h, head % n_h, strides) + plane_offset(q_idx, k_idx, strides, wide)
-    bits = (tl.load(at, mask=inside, other=0) != 0).to(tl.int32) << (tl.arange(0, BLOCK_K) % WORD)[None, :]
+    store_bits(tl.load(at, mask=inside, other=0) != 0, words, head, q_idx, k0, n_q, n_k, BLOCK_Q, BLOCK_K)
+
+
+@kernel
+def turn_bits(bits, strides, wide, words, n_q, n_k, n_h, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What `pack_bits` would make of the transpose, from what it made: of one block of keys, which are rows here, and rows.
+
+    bits, strides, wide: as in mask[1]. words: (entries, n_h, n_k, row_words of n_q), contiguous.
+    """
+    q_blocks = tl.cdiv(row_words(n_q) * WORD, BLOCK_Q)
+    n_blocks = tl.cdiv(n_k, BLOCK_K) * q_blocks
+    block, head = tl.program_id(0) % n_blocks, (tl.program_id(0) // n_blocks).to(tl.int64)
+    k0, q0 = block // q_blocks * BLOCK_K, block % q_blocks * BLOCK_Q
+    k_idx, q_idx = k0 + tl.arange(0, BLOCK_K)[:, None], q0 + tl.arange(0, BLOCK_Q)[None, :]
+    inside = (k_idx < n_k) & ((q_idx < n_q) | (n_q == 1))
+    at = plane_of(bits, head // n_h, head % n_h, strides) + plane_offset(q_idx, k_idx // WORD, strides, wide)
+    shown = (tl.load(at, mask=inside, other=0) >> k_idx % WORD) & 1 != 0
+    store_bits(shown, words, head, k_idx, q0, n_k, n_q, BLOCK_K, BLOCK_Q)
+
+
+@jit
+def store_bits(shown, words, head, q_idx, k0, n_q, n_k, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Pack a block (BLOCK_Q, BLOCK_K) along its keys, and write the words of its rows q_idx (BLOCK_Q, 1)."""
+    bits = shown.to(tl.int32) << (tl.arange(0, BLOCK_K) % WORD)[None, :]
     packed = tl.sum(tl.reshape(bits, [BLOCK_Q, BLOCK_K // WORD, WORD]), 2)
     word = k0 // WORD + tl.arange(0, BLOCK_K // WORD)[None, :]
     to = words + (head * n_q + q_idx) * row_words(n_k) + word

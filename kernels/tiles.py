@@ -134,8 +134,8 @@ def rounded(x, DTYPE: tl.constexpr):
 def rounded_and_wide(x, DTYPE: tl.constexpr, PAIRS: tl.constexpr):
     """(`rounded`, the same in float32 again).
 
-    Where both are wanted, compilers for NVIDIA convert to bfloat16 one by one, on the unit of the exponentials, which as many
-    exponentials keep busy already. PAIRS: one instruction for two neighbours instead, on the unit of additions.
+    Where both are wanted, compilers for NVIDIA convert to bfloat16 one by one, and join the halves by further instructions.
+    PAIRS: one conversion for two neighbours.
     """
     if PAIRS and tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(PAIR, "=r,=r,=r,r,r", [x], dtype=(tl.bfloat16, tl.float32), is_pure=True, pack=2)

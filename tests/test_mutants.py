@@ -65,6 +65,7 @@ MUTANTS = {
                                   DENSE.format("documents")),
     "the half of a word": ("masks.py", "tl.load(x) >> key % WORD", "tl.load(x)",
                            FEATURES + "test_dense_masks_in_tiles_of_half_a_word_and_of_several[16-16-scattered]"),
+    "a turned bit": ("dense.py", ">> k_idx % WORD) & 1 != 0", ">> q_idx % WORD) & 1 != 0", DENSE.format("scattered")),
     "a word of several": ("masks.py", "tl.where(index >= part * WORD, words[part], word)", "words[part]",
                           FEATURES + "test_dense_masks_in_tiles_of_half_a_word_and_of_several[32-64-with lengths]"),
     "a tile of several cells": ("dense.py", "tl.max(found & 1, 1) > 0", "tl.min(found & 1, 1) > 0", DENSE.format("documents")),

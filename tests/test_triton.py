@@ -389,7 +389,7 @@ ONCE = {
 def test_exponentials_are_computed_once_and_registers_suffice(name, tmp_path, monkeypatch):
     """A loop has one exponential for each pair of its tile and thread, and in the forward one a row: twice as many are there
     where the softmax is computed in two layouts, or where more warps than the tile has rows for compute the same. A bool mask
-    is bits: it takes fewer instructions than the rest of the loop. No value is converted on the unit of the exponentials."""
+    is bits: it takes fewer instructions than the rest of the loop. No value is converted by itself."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arch, head_dim, options, kernels = ONCE[name]
     p = offline.example(head_dim, torch.bfloat16, n=64, **options)
@@ -403,7 +403,7 @@ def test_exponentials_are_computed_once_and_registers_suffice(name, tmp_path, mo
         assert seen.report.loop_spills == 0, str(seen.report)
         assert seen.report.shared <= offline.SHARED[arch] * 1024, str(seen.report)
         loops = sass.loops(sass.instructions(offline._dump(offline.compiled(each, arch).asm["cubin"], "-sass")))
-        assert not [one for body in loops for one in body if one.name.startswith("F2F.")], "conversions beside exponentials"
+        assert not [one for body in loops for one in body if one.name.startswith("F2F.")], "conversions one by one"
         if name.startswith("dense"):
             plain, masked = seen.loops
             assert masked.instructions < 2 * plain.instructions
@@ -474,8 +474,8 @@ def test_twenty_lengths_are_two_variants(mask):
 
 @needs_compiler
 def test_lengths_of_a_dense_mask_are_two_variants():
-    """Few rows or many; what the mask's own strides are matters to the pass that packs it alone, which reads it along rows and
-    along keys, and lists are made for the tiles of several passes."""
+    """Few rows or many; what the mask's own strides are matters to the pass that packs it alone, and lists are made for the
+    tiles of several passes."""
     variants = {}
     for n in (2, 7, 16, 17, 31, 32, 48, 63, 64, 100, 128, 129, 200, 1000):
         mask = fa.Dense(torch.ones(n, n, dtype=torch.bool))
@@ -483,8 +483,8 @@ def test_lengths_of_a_dense_mask_are_two_variants():
             name, key = offline.variant(recorded, "sm_90")
             variants.setdefault(name, set()).add(key)
     counts = {name: len(keys) for name, keys in variants.items()}
-    assert max(counts[name] for name in counts if name not in ("tile_lists", "pack_bits")) == 2, counts
-    assert (counts["cell_map"], counts["tile_lists"], counts["pack_bits"]) == (1, 3, 2 * 2)
+    assert max(counts[name] for name in counts if name != "tile_lists") == 2, counts
+    assert (counts["cell_map"], counts["turn_bits"], counts["tile_lists"]) == (1, 1, 3)
 
 
 WAITING = {  # masks of tensors whose values are on the device

@@ -6,6 +6,7 @@ of the tiles that it visits; nothing waits for the device, and nothing is kept b
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from ..kernels import dense, masks
 from ..kernels.launch import Launch
 from ..masks import DensePredicate
 from ..problem import Problem
-from ..scores.base import plane_strides, wide_plane
 from . import triton_call
 from .triton_call import Call, cdiv, on_device
 
 CELL, WORD = 16, 32  # kernels/dense.py, kernels/masks.py
 PACK = Launch(16, 512, 4, 1)  # of the pass over a bool mask
-TURN = Launch(64, 128, 4, 1)  # and of that over its transpose: rows are neighbours in memory
+TURN = Launch(256, 32, 4, 1)  # and of the one that turns its bits
 MAP = Launch(64, 256, 4, 1)  # of the map's pass over the bits
 CHUNK = 64  # tiles of a list that are looked up at once
 CHUNK_WORDS = 16  # words of shown keys that are made at once
@@ -33,34 +33,43 @@ def prepare(p: Problem) -> Call:
     if not call.flags[9]:
         return call
     (spans, tensors, other), *rest = call.data
-    call = call._replace(data=((spans, tuple(packed(PACK, *x) if x else x for x in tensors), other), *rest))
+    call = call._replace(data=((spans, tuple(packed(*x) if x else x for x in tensors), other), *rest))
     cells, apart = cell_map(p, call)
     return call._replace(cells=cells, flags=(*call.flags[:10], *apart, *call.flags[12:]))
 
 
-def packed(how: Launch, x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
+def packed(x: Tensor, strides: tuple[Any, ...], wide: int | None) -> tuple[Any, ...]:
     """(bits, strides, wide) of a bool tensor as uint8 (B|1, H|1, rows|1, keys|1), its plane_strides and wide_plane."""
     n_b, n_h, n_q, n_k = x.shape
-    words = x.new_empty(n_b, n_h, n_q, cdiv(n_k, 512) * 16, dtype=torch.int32)  # `row_words`
-    programs = n_b * n_h * cdiv(n_q, how.block_q) * cdiv(words.shape[3] * WORD, how.block_k)
+    words = _words(x, x.shape)
+    programs = n_b * n_h * cdiv(n_q, PACK.block_q) * cdiv(words.shape[3] * WORD, PACK.block_k)
     with on_device(x):
         triton_call.run(
-            dense.pack_bits, programs, how, x, strides, wide, words, n_q, n_k, n_h, how.block_q, how.block_k
+            dense.pack_bits, programs, PACK, x, strides, wide, words, n_q, n_k, n_h, PACK.block_q, PACK.block_k
         )
-    leads = tuple(stride if n > 1 else 0 for n, stride in zip(x.shape[:3], words.stride()[:3], strict=True))
-    reach = n_q * words.shape[3] >= 1 << 31
-    return words, ((leads[0], 0), (leads[1], 0), leads[2], int(n_k > 1)), 1 if reach else None
+    return _planes(words, n_k)
 
 
-def turned(p: Problem, bits: tuple[Any, ...]) -> tuple[Any, ...]:
-    """mask[1] for a pass of tiles of keys, where a word holds rows: of every bool tensor the bits of its transpose."""
-    made = []
-    for predicate, known in zip(p.mask.predicates, bits):  # behind them may be one that is no mask's own
-        if isinstance(predicate, DensePredicate):
-            x = predicate.tensor.view(torch.uint8).mT
-            known = packed(TURN, x, plane_strides(x), wide_plane(x))
-        made.append(known)
-    return *made, *bits[len(made) :]
+def turned(x: Tensor, bits: tuple[Any, ...]) -> tuple[Any, ...]:
+    """(bits, strides, wide) of the transpose of a bool tensor from its own, for a pass of tiles of keys."""
+    n_b, n_h, n_q, n_k = x.shape
+    words = _words(x, (n_b, n_h, n_k, n_q))
+    programs = n_b * n_h * cdiv(n_k, TURN.block_k) * cdiv(words.shape[3] * WORD, TURN.block_q)
+    with on_device(x):
+        triton_call.run(dense.turn_bits, programs, TURN, *bits, words, n_q, n_k, n_h, TURN.block_q, TURN.block_k)
+    return _planes(words, n_q)
+
+
+def _words(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Room for the bits of a tensor of that shape: `row_words`."""
+    return x.new_empty(*shape[:3], cdiv(shape[3], 512) * 16, dtype=torch.int32)
+
+
+def _planes(words: Tensor, n: int) -> tuple[Any, ...]:
+    """What kernels take of words whose rows hold n bits."""
+    leads = tuple(stride if size > 1 else 0 for size, stride in zip(words.shape[:3], words.stride()[:3], strict=True))
+    reach = words.shape[2] * words.shape[3] >= 1 << 31
+    return words, ((leads[0], 0), (leads[1], 0), leads[2], int(n > 1)), 1 if reach else None
 
 
 def cell_map(p: Problem, call: Call) -> tuple[Tensor, tuple[int, int]]:
@@ -90,7 +99,9 @@ def column_pass(p: Problem, call: Call, how: Launch) -> tuple[Any, ...]:
     if call.cells is None:
         return data
     (spans, bits, lists), *rest = _with(call, _lists(p, call, how, data[0], True))
-    return (spans, turned(p, bits), lists), *rest
+    tensors = [x.tensor if isinstance(x, DensePredicate) else None for x in p.mask.predicates]
+    columns = (known if x is None else turned(x, known) for x, known in itertools.zip_longest(tensors, bits))
+    return (spans, tuple(columns), lists), *rest
 
 
 def tile_pass(call: Call) -> tuple[Any, ...]:

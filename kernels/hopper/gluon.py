@@ -88,7 +88,7 @@ TO_FP16 = gl.constexpr(
 def rounded(x, DTYPE: gl.constexpr):
     """(float32 x in float16 or bfloat16, the same in float32 again), two neighbours at once.
 
-    Left to itself the compiler converts one by one, at the rate of exponentials, what is used in both.
+    Left to itself the compiler converts one by one what is used in both.
     """
     if gl.bfloat16 == DTYPE:
         return gl.inline_asm_elementwise(PAIR, "=r,=r,=r,r,r", [x], dtype=(gl.bfloat16, gl.float32), is_pure=True, pack=2)

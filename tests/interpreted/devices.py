@@ -15,7 +15,7 @@ from fastattn.kernels import forward as forward_kernels
 
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 FIRST = {"pack_bits", "cell_map", "tile_lists", "shown_keys", "forward"}
-SUMS = {"row_delta", "span_bounds", "backward_dq", "backward_dkdv", "score_grads"}
+SUMS = {"row_delta", "span_bounds", "turn_bits", "backward_dq", "backward_dkdv", "score_grads"}
 TWICE = {"forward_jvp", "backward_dq_jvp", "backward_dkdv_jvp"}
 
 

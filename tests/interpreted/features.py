@@ -123,13 +123,17 @@ def test_a_walk_over_a_dense_mask(name, block_q, block_k, columns):
         assert len(set(last)) == n_mixed
 
 
-@pytest.mark.parametrize("how", [triton_tiles.PACK, triton_tiles.TURN])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("shape", [(2, 1, 19, 35), (1, 3, 1, 520), (2, 2, 3, 1), (1, 1, 1, 1)])
-def test_a_bool_mask_as_bits(shape, how):
+def test_a_bool_mask_as_bits(shape, turned):
     """Bit k % 32 of word k // 32, found by the strides that kernels get; whatever the tensor's own strides are."""
     shown = torch.rand(*shape[::-1], device=DEVICE).permute(3, 2, 1, 0) < 0.5
     x = shown.view(torch.uint8)
-    words, strides, wide = triton_tiles.packed(how, x, plane_strides(x), wide_plane(x))
+    found = triton_tiles.packed(x, plane_strides(x), wide_plane(x))
+    if turned:
+        shown, shape = shown.mT, (*shape[:2], shape[3], shape[2])
+        found = triton_tiles.turned(x, found)
+    words, strides, wide = found
     assert wide is None
     flat, key = words.flatten().cpu(), torch.arange(32 * words.shape[3])
     b, h, q = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate(shape[:3]))
