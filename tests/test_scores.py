@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import fastattn as fa
+from fastattn.scores import base
 
 B, H, N_Q, N_K, D = 2, 3, 7, 9, 4
 F64 = torch.float64
@@ -326,3 +327,15 @@ def test_a_redefinition_without_source_is_seen():
         assert not torch.equal(outs[1], outs[3])
     finally:
         del sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_sums_in_order_are_the_same_sums(dim):
+    """What adds up on CUDA, where index_add_ has no order: into a slice, at indices that repeat."""
+    index, values = torch.tensor([3, 0, 3, 3, 1]), make(2, 3, 5).detach().movedim(2, dim)
+    sums = [torch.ones(2, 3, 5, dtype=F64)[..., 1:].movedim(2, dim) for _ in range(2)]
+    base.index_add(sums[0], dim, index, values)
+    base.put_in_order(sums[1], dim, index, values)
+    assert_close(sums[0], sums[1])
+    assert_close(sums[0].movedim(dim, 2)[..., 2], torch.ones(2, 3, dtype=F64))
+    assert_close(sums[0].movedim(dim, 2)[..., 0], 1 + values.movedim(dim, 2)[..., 1])

@@ -299,3 +299,16 @@ def plane_strides(x: Tensor) -> tuple[Any, ...]:
 def lead_strides(x: Tensor) -> tuple[int, int]:
     """Strides of the leading (B|1, H|1) dimensions, 0 where one value serves all."""
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
+
+
+def index_add(target: Tensor, dim: int, index: Tensor, values: Tensor) -> None:
+    """target[.., index, ..] += values along dim, for indices that repeat: in one order, which CUDA's index_add_ has not."""
+    if target.is_cuda:
+        put_in_order(target, dim, index, values)
+    else:
+        target.index_add_(dim, index, values)
+
+
+def put_in_order(target: Tensor, dim: int, index: Tensor, values: Tensor) -> None:
+    """`index_add` by what sorts the indices on CUDA."""
+    target.movedim(dim, 0).index_put_((index,), values.movedim(dim, 0), accumulate=True)

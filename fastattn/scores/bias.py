@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..coords import Coordinates
-from .base import Additive, DeviceGradient, apart, leading, plane_strides, wide_plane
+from .base import Additive, DeviceGradient, apart, index_add, leading, plane_strides, wide_plane
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -155,5 +155,5 @@ def add_along(target: Tensor, g: Tensor, tile: Tile) -> None:
     at = (q + k).expand(-1, 1, *g.shape[2:]).flatten(1) if (q + k).dim() else (q + k).reshape(1, 1)  # (B|1, rows * keys)
     own = torch.zeros(target.shape, dtype=target.dtype, device=target.device).flatten(2)
     for b in range(g.shape[0]):
-        own[b % own.shape[0]].index_add_(1, at[b % at.shape[0]], g[b].flatten(1))
+        index_add(own[b % own.shape[0]], 1, at[b % at.shape[0]], g[b].flatten(1))
     target += own.view(target.shape)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Additive, DeviceGradient, apart, lead_strides, leading
+from .base import Additive, DeviceGradient, apart, index_add, lead_strides, leading
 
 if TYPE_CHECKING:
     from ..backends.tile import Tile
@@ -78,15 +78,15 @@ class RelativeBias(Additive, built_in="relative"):
             first, last = int(diagonals[0]), int(diagonals[-1])
             wider = g.dtype if g.device.type == "mps" else torch.float64  # the table's ends sum many terms
             wide = g.new_zeros(*g.shape[:2], last - first + 1, dtype=wider)
-            wide.index_add_(2, diagonals - first, diagonal_sums(g).to(wider))
+            index_add(wide, 2, diagonals - first, diagonal_sums(g).to(wider))
             target[:, :, first : last + 1] += wide.to(target.dtype)
             return
         at = self._entries(tile)
         if at.shape[0] == 1:
-            target.index_add_(2, at.flatten(), g.flatten(2))
+            index_add(target, 2, at.flatten(), g.flatten(2))
             return
         for b in range(at.shape[0]):
-            target[b % target.shape[0]].index_add_(1, at[b].flatten(), g[b].flatten(1))
+            index_add(target[b % target.shape[0]], 1, at[b].flatten(), g[b].flatten(1))
 
     def device_functions(self) -> tuple[Any, ...]:
         from ..kernels import scores
