@@ -10,6 +10,8 @@ def main() -> None:
     told = json.load(sys.stdin)
     options = suite.Options(**{**told, "suites": tuple(told["suites"]), "only": tuple(told["only"])})
     results = suite.run(options)
+    if results.error is not None:
+        raise results.error
     print(json.dumps(results.json()))
 
 

@@ -58,7 +58,10 @@ def run(
         order.sort(key=lambda index: -_work(cells[index]))
     todo = [("cell", suite, cells[i].workload.name, cells[i].direction, compiled, device) for i in order]
     for place, found in workers.answers("fastattn.bench.probe", todo, n, until):
-        yield order[place], Check(**found) if found is not None else Check(reasons={OURS.name: LOST})
+        if isinstance(found, workers.Ended):
+            yield order[place], Check(reasons={OURS.name: f"{LOST}: {found.last[:160]}" if found.last else LOST})
+        else:
+            yield order[place], Check(**found)
 
 
 LOST = "the process that checked it ended without an answer"

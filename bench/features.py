@@ -114,7 +114,7 @@ def run(device: str) -> list[Row]:
 def measured(cells: list[Any], n: int = 1) -> list[Any]:
     """What probe.py answers to each, in n processes; None where a process ended over it."""
     found = dict(workers.answers("fastattn.bench.probe", cells, n))
-    return [found.get(index) for index in range(len(cells))]
+    return [None if isinstance(found[index], workers.Ended) else found[index] for index in range(len(cells))]
 
 
 def _sdpa(who: str) -> Callable[..., Tensor]:

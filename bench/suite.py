@@ -18,6 +18,7 @@ from .. import environment
 from . import (
     SUITES,
     cells,
+    checks,
     features,
     hosts,
     memory,
@@ -43,6 +44,7 @@ MINUTES = {
     "models": 2.8, "training": 0.3, "targets": 6.0, "memory": 0.5, "accuracy": 0.4, "hosts": 1.5, "forward": 2.0,
     "backward": 3.0, "masks": 2.0, "bias": 2.0, "second-order": 1.5, "overhead": 0.7,
 }  # fmt: skip
+ON_CPU = ("targets", "hosts")  # have nothing to measure on another device
 # of a suite's time: until when cells are checked (errors, compiling, peak memory), and what is meant for timing
 CHECKED, TIMED = 0.45, 0.25
 
@@ -72,7 +74,9 @@ class Options:
         """A suite's part of the time."""
         if self.quick:
             return 0.0
-        whole = sum(MINUTES[name] for name in self.suites)
+        if self.device != "cpu" and suite in ON_CPU:
+            return 0.0
+        whole = sum(MINUTES[name] for name in self.suites if self.device == "cpu" or name not in ON_CPU)
         return 60 * MINUTES[suite] * (1.0 if self.minutes is None else self.minutes / whole)
 
     def limits(self, suite: str) -> cells.Limits:
@@ -85,7 +89,7 @@ class Options:
 
 @dataclass
 class Results:
-    """What was measured so far; an interrupted run keeps it."""
+    """What was measured so far; a run that was interrupted, or that an error ended, keeps it."""
 
     environment: dict[str, Any]
     roof: roof.Roof | None = None
@@ -96,6 +100,7 @@ class Results:
     accuracy: list[numerics.Row] = field(default_factory=list)
     hosts: list[hosts.Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    error: Exception | None = None
 
     def json(self) -> dict[str, Any]:
         return {
@@ -142,7 +147,7 @@ HOSTS_KEY = (
 
 
 def run(options: Options) -> Results:
-    """Run the suites, showing progress on stderr; Ctrl-C ends the run and keeps what is there.
+    """Run the suites, showing progress on stderr; Ctrl-C or an error ends the run and keeps what is there.
 
     Raises:
         ValueError: an unknown suite or workload.
@@ -167,6 +172,9 @@ def run(options: Options) -> Results:
                 OTHERS[suite](options, results)
     except KeyboardInterrupt:
         results.notes.append("interrupted: what was measured until then")
+    except Exception as error:
+        results.notes.append(f"interrupted by {checks.failure(error)}: what was measured until then")
+        results.error = error
     return results
 
 

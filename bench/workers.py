@@ -8,12 +8,26 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 MOST = 8  # processes: each may hold a gigabyte
+
+
+class Ended(NamedTuple):
+    """In an answer's place: the process ended before it gave one."""
+
+    last: str  # the last line that it wrote to stderr
+
+
+class Process(NamedTuple):
+    """A running `python -m module`, and its stderr."""
+
+    popen: subprocess.Popen[str]
+    errors: IO[str]
 
 
 def count(device: str) -> int:
@@ -32,18 +46,19 @@ def answers(module: str, todo: Iterable[Any], workers: int = 1, until: float = f
         workers: how many such processes; each goes on to the next value as soon as it has answered.
         until: of time.monotonic; what nobody has begun by then has no answer. The first is always begun.
 
-    The answer is None where the process ended before it gave one; another process goes on with the rest.
+    The answer is `Ended` where a process that was begun for the value ended before it gave one. A process that ends over a
+    later value may have been spoilt by an earlier one (a GPU's context is, by a fault), so another is asked again.
     """
     values = list(todo)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(values)):
         waiting.put(index)
     done: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
-    running: list[subprocess.Popen[str]] = []
+    running: list[Process] = []
     stopped = threading.Event()
 
     def work() -> None:
-        process = None
+        process: Process | None = None
         try:
             while not stopped.is_set():
                 try:
@@ -52,13 +67,18 @@ def answers(module: str, todo: Iterable[Any], workers: int = 1, until: float = f
                     return
                 if index and time.monotonic() > until:
                     return
-                if process is None:
-                    process = _start(module)
-                    running.append(process)
-                answer = _ask(process, values[index])
-                if answer is None:
-                    _end(process)
-                    process = None
+                answer = None
+                while answer is None and not stopped.is_set():
+                    fresh = process is None
+                    if process is None:
+                        process = _start(module)
+                        running.append(process)
+                    answer = _ask(process, values[index])
+                    if answer is None:
+                        last = _end(process)
+                        process = None
+                        if fresh:
+                            answer = Ended(last)
                 done.put((index, answer))
         finally:
             if process is not None:
@@ -80,18 +100,18 @@ def answers(module: str, todo: Iterable[Any], workers: int = 1, until: float = f
         stopped.set()
         for process in running:
             if left:
-                process.kill()
+                process.popen.kill()
         for thread in threads:
             thread.join()
 
 
-def _start(module: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+def _start(module: str) -> Process:
+    errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (_end closes it)
+    command, pipe = [sys.executable, "-m", module], subprocess.PIPE
+    return Process(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True), errors)
 
 
-def _ask(process: subprocess.Popen[str], value: Any) -> Any:
+def _ask(process: Process, value: Any) -> Any:
     """What the process answers, None where it has ended."""
     stdin, stdout = _pipes(process)
     try:
@@ -105,15 +125,20 @@ def _ask(process: subprocess.Popen[str], value: Any) -> Any:
     return None
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: Process) -> str:
+    """Have a process end, and return the last line that it wrote to stderr."""
     stdin, stdout = _pipes(process)
     with contextlib.suppress(OSError):
         stdin.close()
     stdout.close()
-    process.wait()
+    process.popen.wait()
+    with process.errors as errors:
+        errors.seek(0)
+        lines = errors.read().splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _pipes(process: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return process.stdin, process.stdout
+def _pipes(process: Process) -> tuple[IO[str], IO[str]]:
+    assert process.popen.stdin is not None
+    assert process.popen.stdout is not None
+    return process.popen.stdin, process.popen.stdout

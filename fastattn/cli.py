@@ -119,6 +119,8 @@ def bench(options: argparse.Namespace) -> int:
     for note in results.notes:
         print(f"\nnote: {note}")
     print(f"\nwritten: {', '.join(map(str, written_files))}")
+    if results.error is not None:
+        raise results.error
     if options.into is not None:
         _insert(results.sections(), results.environment, options.into)
     return 0
@@ -231,6 +233,7 @@ def tune(options: argparse.Namespace) -> int:
     try:
         for row in found:
             print(row, flush=True)
+            tuning.write(folder, arch)  # each time: a configuration may bring down the process
     except KeyboardInterrupt:
         print("stopped; what was found is kept")
     print(f"written: {tuning.write(folder, arch)}")

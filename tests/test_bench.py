@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastattn import cli
 from fastattn.bench import (
     SUITES,
     accuracy,
@@ -241,9 +242,13 @@ import json, os, sys
 for line in sys.stdin:
     value = json.loads(line)
     if value == "end":
+        sys.stderr.write("this is the end\\n\\n")
+        sys.stderr.flush()
         os._exit(3)
     print("said by what it calls")
     print(json.dumps([value, os.getpid()]), flush=True)
+    if value == "spoil":
+        os._exit(4)
 """
 
 
@@ -256,8 +261,14 @@ def echo(tmp_path, monkeypatch):
 
 def test_a_process_that_ends_costs_one_answer(echo):
     found = dict(workers.answers(echo, ["a", "end", "b", "c"], 1))
-    assert [None if x is None else x[0] for x in found.values()] == ["a", None, "b", "c"]
+    assert [x.last if isinstance(x, workers.Ended) else x[0] for x in found.values()] == ["a", "this is the end", "b", "c"]
     assert found[0][1] != found[2][1] == found[3][1]
+
+
+def test_a_process_that_a_value_spoils_costs_no_other_its_answer(echo):
+    found = dict(workers.answers(echo, ["a", "spoil", "b"], 1))
+    assert [x[0] for x in found.values()] == ["a", "spoil", "b"]
+    assert found[0][1] == found[1][1] != found[2][1]
 
 
 def test_processes_share_the_work(echo):
@@ -280,10 +291,10 @@ def test_processes_end_with_who_asked(echo):
 
 
 def test_a_lost_cell_says_so(monkeypatch):
-    monkeypatch.setattr(checks.workers, "answers", lambda *args: iter([(0, None)]))
+    monkeypatch.setattr(checks.workers, "answers", lambda *args: iter([(0, workers.Ended("killed"))]))
     known = list(cells.check("models", both(SMALL[1])[:1], "cpu", replace(QUICK, workers=1)))
     [row] = cells.run("models", known, "cpu", QUICK)
-    assert row.reasons == {"fastattn": "the process that checked it ended without an answer"}
+    assert row.reasons == {"fastattn": "the process that checked it ended without an answer: killed"}
     assert row.times == {}
     assert "|   nan |     nan |  - |" in table.cells([row])
 
@@ -401,18 +412,25 @@ def test_the_first_call_is_told():
     assert re.fullmatch(rf"the first forward and backward of {SMALL[0].name} took [\d.]+ s, the second [\d.]+ ms", text)
 
 
-def test_an_interrupted_run_keeps_what_it_has(monkeypatch):
+@pytest.mark.parametrize("by", [KeyboardInterrupt, RuntimeError("CUDA error: an illegal memory access")])
+def test_an_interrupted_run_keeps_what_it_has(by, monkeypatch, tmp_path):
     real = cells.run
 
     def interrupted(*args):
         yield next(iter(real(*args)))
-        raise KeyboardInterrupt
+        raise by
 
     monkeypatch.setattr(sweeps, "MODELS", SMALL[:2])
     monkeypatch.setattr(cells, "run", interrupted)
-    results = suite.run(suite.Options(suites=("models",), quick=True, workers=0))
-    assert len(results.cells["models"]) == 1
-    assert "interrupted" in results.notes[0]
+    if by is KeyboardInterrupt:
+        assert cli.main(["bench", "models", "--quick", "--out", str(tmp_path)]) == 0
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            cli.main(["bench", "models", "--quick", "--out", str(tmp_path)])
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert len(kept["models"]) == 1
+    assert "interrupted" in kept["notes"][-1]
+    assert ("illegal memory access" in kept["notes"][-1]) == (by is not KeyboardInterrupt)
 
 
 def test_numerics_tell_a_mean_from_none():
@@ -506,6 +524,9 @@ def test_minutes_are_shared_out():
     options = suite.Options(suites=("forward", "backward"), minutes=10)
     assert options.seconds("forward") == pytest.approx(240)
     assert options.seconds("backward") == pytest.approx(360)
+    for device, seconds in (("cpu", (180, 360, 120)), ("cuda", (396, 0, 264))):  # targets are the CPU's alone
+        options = suite.Options(suites=("backward", "targets", "masks"), minutes=11, device=device)
+        assert tuple(map(options.seconds, options.suites)) == pytest.approx(seconds)
 
 
 def test_several_calls_in_one_time():

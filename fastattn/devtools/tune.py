@@ -117,10 +117,11 @@ def tune(
 
 
 def write(folder: Path, arch: str) -> Path:
-    """Write the table of `arch` as it stands in memory; returns its path."""
+    """Write the table of `arch` as it stands in memory, or the one that it uses; returns its path."""
     path = folder / f"{arch}.json"
     kernels = []
-    for name, by_bits in launches.tables()[arch].items():
+    tables = launches.tables()
+    for name, by_bits in tables.get(arch, tables[launches.table_of(arch)]).items():
         rows = [f'    "{bits}": {json.dumps(by_dim)}' for bits, by_dim in by_bits.items() if by_dim]
         if rows:
             kernels.append(f'  "{name}": {{\n' + ",\n".join(rows) + "\n  }")
@@ -250,9 +251,14 @@ def _set(arch: str, entry: Entry, how: Any) -> None:
     tables = launches.tables()
     if arch not in tables:
         tables[arch] = json.loads(json.dumps(tables[launches.table_of(arch)]))
-    by_dim = tables[arch].setdefault(entry.name, {}).setdefault(str(entry.bits), {})
+    by_bits = tables[arch].setdefault(entry.name, {})
+    by_dim = by_bits.setdefault(str(entry.bits), {})
     if how is None:
         del by_dim[_dim(entry)]
+        if not by_dim:
+            del by_bits[str(entry.bits)]
+        if not by_bits:
+            del tables[arch][entry.name]
     else:
         by_dim[_dim(entry)] = list(how) if len(how) == 4 or how[4] else list(how)[:4]
     launches.launch.cache_clear()

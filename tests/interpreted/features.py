@@ -547,7 +547,7 @@ def test_tuning_finds_writes_and_changes_nothing_else(tmp_path, capsys):
     before, arch = json.dumps(launch.tables()), triton_call.architecture(torch.device(DEVICE))
     table = launch.table_of(arch)
     try:
-        arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "0.1"]
+        arguments = ["--head-dim", "16", "--dtype", "float32", "--only", "dq", "--length", "32", "--minutes", "1e-6"]
         assert cli.main(["tune", *arguments, "--out", str(tmp_path)]) == 0
         assert "dq" in capsys.readouterr().out
         written = json.loads((tmp_path / f"{arch}.json").read_text())
@@ -556,6 +556,20 @@ def test_tuning_finds_writes_and_changes_nothing_else(tmp_path, capsys):
         tuned = new.pop("dq")["32"].pop("16")
         assert len(tuned) == 4
         assert {name: new[name] for name in old if name != "dq"} == {name: old[name] for name in old if name != "dq"}
+    finally:
+        launch.tables.cache_clear()
+        launch.launch.cache_clear()
+
+
+def test_tuning_leaves_no_trace_of_what_was_not_faster():
+    before, arch = json.dumps(launch.tables()), triton_call.architecture(torch.device(DEVICE))
+    table = launch.table_of(arch)
+    entry, how = tune.Entry("dq", "additive", 32, 16), launch.Launch(16, 16, 1, 1)
+    assert "16" not in launch.tables()[table].get(entry.name, {}).get("32", {})
+    try:
+        with tune._table(arch, entry, how):
+            assert launch.tables()[arch][entry.name]["32"]["16"] == list(how)[:4]
+        assert launch.tables()[arch] == json.loads(before)[table]
     finally:
         launch.tables.cache_clear()
         launch.launch.cache_clear()
