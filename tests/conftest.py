@@ -1,10 +1,13 @@
 """For all suites: the ones that take minutes begin first, so that several workers fill in the rest around them and none is left
-alone at the end; every test draws the same random numbers in every run; the interpreter wastes no time; and on a GPU a test
-after which nothing works there any more is named, and is the last one of its process.
+alone at the end; every test draws the same random numbers in every run, and float32 products are float32's; the interpreter
+wastes no time; and on a GPU a failure is told at once, and a test after which nothing works there any more is the last one of
+its process.
 
-With EMULATE=sm_90 in the environment the kernels run as compiled for that architecture (fastattn/devtools/emulate.py)."""
+EMULATE=sm_90 in the environment runs the kernels as compiled for that architecture (fastattn/devtools/emulate.py).
+OUTCOMES=path has a line of JSON appended there for every test as soon as it is over (fastattn/devtools/gpu_check.py)."""
 
 import contextlib
+import json
 import os
 import sys
 
@@ -24,7 +27,10 @@ LONG = (
 AROUND = contextlib.ExitStack()
 
 
-def pytest_configure():
+def pytest_configure(config):
+    if "OUTCOMES" in os.environ and not hasattr(config, "workerinput"):  # in the process that has all reports
+        config.pluginmanager.register(Outcomes(os.environ["OUTCOMES"]), "outcomes")
+    torch.set_float32_matmul_precision("highest")  # an environment variable may have it otherwise on a GPU
     if "EMULATE" in os.environ:
         from fastattn.devtools import emulate
 
@@ -61,9 +67,31 @@ def lost():
 def pytest_runtest_makereport(item, call):
     """Ends a process that has lost its GPU: every later test would fail in it, and it would take the others' tests too."""
     report = (yield).get_result()
-    if report.failed and (reason := lost()):
-        print(f"{report.longreprtext}\n\n{item.nodeid} lost the GPU: {reason}", file=sys.__stderr__, flush=True)
-        os._exit(1)  # pytest-xdist names the test, and goes on in a new process
+    if report.failed and torch.cuda.is_initialized():
+        print(f"\n{item.nodeid} failed\n{report.longreprtext[-4000:]}", file=sys.__stderr__, flush=True)
+        if reason := lost():
+            print(f"{item.nodeid} lost the GPU: {reason}", file=sys.__stderr__, flush=True)
+            if "OUTCOMES" in os.environ:  # nobody else will hear of it
+                Outcomes(os.environ["OUTCOMES"]).pytest_runtest_logreport(report)
+            os._exit(1)  # pytest-xdist names the test, and goes on in a new process
+
+
+class Outcomes:
+    """A line per report."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.passed and report.when != "call":
+            return
+        line = {"test": report.nodeid, "outcome": report.outcome}
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = str(report.longrepr) if crash is None else crash.message
+            line["reason"] = (text.splitlines() or [""])[0][:300]
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,11 @@
 """gpu-check: its plan, how it runs and ends steps, and its verdicts, with planted results: there is no GPU here."""
 
+import json
 import math
 import os
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -31,7 +34,8 @@ def test_the_plan(tmp_path):
     assert list(steps) == ["tests", "sanitizer", "bench", "tune"]
     assert sum(step.share for step in steps.values()) == pytest.approx(1.0)
     assert not any(step.absent for step in steps.values())
-    assert "8" in steps["tests"].command
+    assert steps["tests"].command[steps["tests"].command.index("-n") + 1] == "16"
+    assert steps["tests"].environment["OUTCOMES"] == str(tmp_path / "scratch" / "tests.jsonl")
     assert steps["tests"].environment["TRITON_INTERPRET"] == "0"
     assert steps["sanitizer"].command[0] == "/opt/bin/compute-sanitizer"
     assert steps["bench"].command[-6:] == ["--device", "cuda", "--minutes", "2.43", "--out", str(tmp_path / "bench")]
@@ -84,6 +88,16 @@ def test_a_step_is_told_when_its_time_is_up(tmp_path):
     assert (tmp_path / "x.log").read_text() == "begun\nkept\n"
 
 
+def test_a_step_listens_where_this_process_does_not(tmp_path):
+    """A job in a shell's background ignores Ctrl-C, and what it starts inherits that."""
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert gpu_check.run(step(code), 1.0, tmp_path / "x.log").result == "the time was up: it wrote what it had"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_step_that_does_not_listen_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 0.2)
     code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
@@ -100,7 +114,7 @@ def test_time_that_a_step_leaves_is_the_next_ones(tmp_path, monkeypatch):
     quick = lambda step, limit, log: limits.append(limit) or gpu_summary.Outcome(step.name, "done", 0.0)
     monkeypatch.setattr(gpu_check, "run", quick)
     steps = [step("", "a", 0.75), step("", "b", 0.1)._replace(absent="no b"), step("", "c", 0.25)]
-    found = gpu_check._run_all(steps, 10.0, tmp_path, lambda line: None)
+    *_, found = gpu_check._run_all(steps, time.monotonic() + 600.0, tmp_path, lambda line: None)
     assert limits == pytest.approx([450.0, 600.0], abs=5.0)
     assert [x.result for x in found] == ["done", "skipped: no b", "done"]
 
@@ -112,7 +126,7 @@ def test_ctrl_c_ends_the_check_and_keeps_what_is_there(tmp_path, monkeypatch):
         return gpu_summary.Outcome(step.name, "done", 1.0)
 
     monkeypatch.setattr(gpu_check, "run", run)
-    found = gpu_check._run_all([step("", name, 0.3) for name in "abc"], 1.0, tmp_path, lambda line: None)
+    *_, found = gpu_check._run_all([step("", name, 0.3) for name in "abc"], time.monotonic() + 60, tmp_path, lambda line: None)
     assert [(x.name, x.result) for x in found] == [("a", "done"), ("b", "interrupted")]
 
 
@@ -127,9 +141,61 @@ def test_tests_are_known_by_one_name_and_every_claim_has_some(tmp_path):
     assert [claim.text for claim in by_tests if claim.decide(everything).verdict != PASS] == []
     features = [part for part in plan[0].command if not part.startswith("tests/") or "features" in part]
     assert gpu_check.run(plan[0]._replace(command=[*features, "-k", "stripes_is"]), 60.0, tmp_path / "x.log").result == "done"
-    ((name, outcome),) = gpu_check.outcomes_of(tmp_path / "tests.xml").items()
+    [(name, outcome)] = gpu_check.outcomes_of(tmp_path / "tests.jsonl")[0].items()
     assert name in names
     assert outcome == "passed"
+
+
+FAILS = """
+import os, pytest
+
+@pytest.fixture
+def broken():
+    raise OSError("no such thing")
+
+def test_right(): pass
+
+def test_wrong():
+    assert 1 == 2, "what this test says\\nand more"
+
+def test_without(broken): pass
+
+def test_after(request):
+    request.addfinalizer(lambda: 1 / 0)
+
+@pytest.mark.skip
+def test_not(): pass
+
+def test_that_ends_its_process(): os._exit(3)
+
+def test_that_ends_all(): os.killpg(0, 9)
+"""
+
+
+@pytest.mark.parametrize("parallel", [(), ("-n", "1")])
+def test_outcomes_are_kept_whatever_ends_the_tests(parallel, tmp_path, monkeypatch):
+    (tmp_path / "test_fails.py").write_text(FAILS)
+    options = ["-q", *parallel, "-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}"]
+    options += [] if parallel else ["--deselect", "test_fails.py::test_that_ends_its_process"]
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    run = Step("tests", "", command, 1.0, None, {"OUTCOMES": str(tmp_path / "x.jsonl")})
+    assert "ended with status -9" in gpu_check.run(run, 120.0, tmp_path / "x.log").result
+    outcomes, reasons = gpu_check.outcomes_of(tmp_path / "x.jsonl")
+    assert {name.partition("::")[2]: outcome for name, outcome in outcomes.items()} == {
+        "test_right": "passed", "test_wrong": "failed", "test_without": "failed", "test_after": "failed", "test_not": "skipped",
+        **({"test_that_ends_its_process": "failed"} if parallel else {}),
+    }  # fmt: skip
+    assert reasons["test_fails.py::test_wrong"] == "AssertionError: what this test says"
+    assert reasons["test_fails.py::test_without"] == "OSError: no such thing"
+    assert reasons["test_fails.py::test_after"] == "ZeroDivisionError: division by zero"
+    assert not parallel or "crashed while running" in reasons["test_fails.py::test_that_ends_its_process"]
+
+
+def test_a_line_that_was_cut_off_is_none(tmp_path):
+    (tmp_path / "x").write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "outc')
+    assert gpu_check.outcomes_of(tmp_path / "x") == ({"a": "passed"}, {})
+    assert gpu_check.outcomes_of(tmp_path / "y") == ({}, {})
 
 
 BENCH = """
@@ -144,10 +210,9 @@ for name in ("results.json", "report.html", "tables.md", "bench.png"):
 def test_the_whole_check_leaves_eight_files_and_a_verdict(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     name = "test_repeats_bit_for_bit[x]"
-    report = f'<testsuite><testcase classname="tests.interpreted.features" name="{name}">%s</testcase></testsuite>'
 
     def plan(here, minutes, folder, scratch):
-        (scratch / "tests.xml").write_text(report % fault)
+        (scratch / "tests.jsonl").write_text(json.dumps({"test": f"tests/interpreted/features.py::{name}", **outcome}) + "\n")
         return [
             step("print('1 passed')", "tests"),
             step("print('3 passed'); print('= ERROR SUMMARY: 0 errors')", "sanitizer"),
@@ -159,7 +224,7 @@ def test_the_whole_check_leaves_eight_files_and_a_verdict(tmp_path, monkeypatch,
     monkeypatch.setattr(gpu_check, "machine", lambda: HERE)
     monkeypatch.setattr(gpu_check, "plan", plan)
     monkeypatch.setattr(gpu_check, "collected", lambda step: [f"tests/interpreted/features.py::{name}"])
-    fault = ""
+    outcome = {"outcome": "passed"}
     assert cli.main(["gpu-check", "--out", str(out), "--minutes", "0.5"]) == 0
     files = {str(x.relative_to(out)) for x in out.rglob("*") if x.is_file()}
     assert files == {"summary.md", "tests.log", "sanitizer.log", "bench.log", "tune.log", "sm_90.json", "bench/results.json",
@@ -169,11 +234,38 @@ def test_the_whole_check_leaves_eight_files_and_a_verdict(tmp_path, monkeypatch,
     assert "| equal inputs give equal bits | README, Exactness | pass | 1 tests |" in page
     assert "[128, 64, 4, 3] -> [128, 64, 8, 3]" in page
     assert page in capsys.readouterr().out
-    fault = "<failure/>"
+    outcome = {"outcome": "failed", "reason": "AssertionError: 3 of 5 bits"}
     (out / "bench" / "results.json").unlink()
     (out / "bench").rename(tmp_path / "old")
     assert cli.main(["gpu-check", "--out", str(out), "--minutes", "0.5"]) == 1
-    assert f"- tests/interpreted/features.py::{name}" in (out / "summary.md").read_text()
+    assert f"- 1: `AssertionError: 3 of 5 bits` in tests/interpreted/features.py::{name}" in (out / "summary.md").read_text()
+
+
+def test_what_is_known_is_written_after_every_step(tmp_path, monkeypatch):
+    seen = []
+
+    def run(step, limit, log):
+        page = tmp_path / "summary.md"
+        seen.append(page.read_text() if page.exists() else None)
+        return gpu_summary.Outcome(step.name, "done", 1.0)
+
+    monkeypatch.setattr(gpu_check, "machine", lambda: HERE)
+    monkeypatch.setattr(gpu_check, "plan", lambda *args: [step("", "tests"), step("", "bench")])
+    monkeypatch.setattr(gpu_check, "collected", lambda step: [])
+    monkeypatch.setattr(gpu_check, "run", run)
+    assert gpu_check.check(1.0, tmp_path, lambda line: None) == 0
+    assert seen[0] is None
+    assert "| tests | done | 1 |" in seen[1]
+    assert "| bench | done" not in seen[1]
+    assert "| bench | done | 1 |" in (tmp_path / "summary.md").read_text()
+
+
+def test_failures_are_told_by_kind():
+    reasons = {"a": "AssertionError: off by 1.5e-3", "b": "OSError: no", "c": "AssertionError: off by 2"}
+    found = Evidence(tests=dict.fromkeys([*reasons, "d"], "failed"), reasons=reasons)
+    assert gpu_summary.failures(found) == [
+        "2: `AssertionError: off by 1.5e-3` in a, c", "1: `OSError: no` in b", "1: `no reason was given` in d",
+    ]  # fmt: skip
 
 
 def test_results_of_an_earlier_check_are_not_judged_again(tmp_path):
@@ -319,8 +411,11 @@ def test_it(i, state=[]):
 def test_a_test_that_loses_the_gpu_is_named_and_takes_no_other_with_it(tmp_path):
     (tmp_path / "test_loses.py").write_text(LOSES)
     options = ("-q", "-n", "1", "-p", "conftest", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}")
-    done = python("-m", "pytest", *options, str(tmp_path), path=[TESTS])
+    done = python("-m", "pytest", *options, str(tmp_path), path=[TESTS], OUTCOMES=str(tmp_path / "x.jsonl"))
     assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    name, (outcomes, reasons) = "test_loses.py::test_it", gpu_check.outcomes_of(tmp_path / "x.jsonl")
+    assert outcomes == {f"{name}[0]": "passed", f"{name}[1]": "failed", f"{name}[2]": "passed"}
+    assert reasons[f"{name}[1]"].startswith("AssertionError: what this test says")
     assert "crashed while running 'test_loses.py::test_it[1]'" in done.stdout
     assert "what this test says" in done.stderr
     assert "test_it[1] lost the GPU: CUDA error: an illegal memory access" in done.stderr

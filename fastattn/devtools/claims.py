@@ -24,13 +24,14 @@ class Evidence:
 
     Attributes:
         collected: names of all tests, "tests/interpreted/features.py::test_x[y]"; tests: outcome of those that ran.
-        bench: results.json, or None. sanitizer: its log, or None.
+        bench: results.json, or None. sanitizer: its log, or None. reasons: of the tests that failed.
     """
 
     collected: list[str] = field(default_factory=list)
     tests: dict[str, str] = field(default_factory=dict)
     bench: dict[str, Any] | None = None
     sanitizer: str | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 class Verdict(NamedTuple):

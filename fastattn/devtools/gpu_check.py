@@ -2,7 +2,8 @@
 
 A plan of steps, each a process of its own with a share of the time: the kernels' tests, a sample of them under the sanitizer,
 the benchmark against every peer at hand, and tuning. What is absent is skipped with its reason. At most eight files are left:
-logs, the benchmark's results, the card's table of launches, and summary.md, which says per claim whether it held.
+logs, the benchmark's results, the card's table of launches, and summary.md, which says per claim whether it held. It is
+written anew after every step, so that whatever ends the check leaves what is known until then.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as xml
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +32,11 @@ from .gpu_summary import Outcome, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = ("sanitized/kernels", "interpreted/tutorial", "interpreted/features", "interpreted/tangents", "interpreted/invariance")
+OUTCOMES = "tests.jsonl"  # a line per test, by tests/conftest.py
 SAMPLE = "causal or sinks_window or dense_documents or everything"
 BENCH = ("results.json", "report.html", "tables.md", "bench.png")
 FILES = "files: summary.md, a log per step, bench/results.json, bench/report.html, and the table of tuned launches"
-GRACE = 20.0  # seconds to write results in, after a step was told that its time is up
+GRACE = 45.0  # seconds to write results in, after a step was told that its time is up: pytest-xdist waits for its workers
 
 
 class Machine(NamedTuple):
@@ -85,14 +86,14 @@ def plan(here: Machine, minutes: float, out: Path, scratch: Path) -> list[Step]:
     me = [sys.executable, "-m", "fastattn"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     files = suites()
-    workers = min(here.cores, 8)
+    workers = min(here.cores, 16)
     parallel = ["-n", str(workers), "--dist", "worksteal"] if here.xdist and workers > 1 else []
     no_tests = None if here.tests else "needs a checkout with its tests, and pytest"
     no_sanitizer = None if here.sanitizer else "no compute-sanitizer on the PATH; it comes with the CUDA toolkit"
     compiled = {"TRITON_INTERPRET": "0"}
     return [
         Step("tests", "the kernels' suites on this GPU, against float64",
-             [*pytest, *parallel, f"--junitxml={scratch / 'tests.xml'}", *files], 0.45, no_tests, compiled),
+             [*pytest, *parallel, *files], 0.45, no_tests, {**compiled, "OUTCOMES": str(scratch / OUTCOMES)}),
         Step("sanitizer", "some of them with every memory access checked",
              [here.sanitizer or "compute-sanitizer", "--tool", "memcheck", *pytest, files[0], "-k", SAMPLE], 0.1,
              no_tests or no_sanitizer,
@@ -122,6 +123,9 @@ def _shown(step: Step) -> str:
 def check(minutes: float, out: Path, say: Callable[[str], None] = print) -> int:
     """Run the plan and write the summary; returns 1 where a claim failed, else 0.
 
+    Args:
+        minutes: until the last step is told to end, from now on; then it has `GRACE` seconds.
+
     Raises:
         ValueError: there is no GPU, or Triton is missing.
     """
@@ -129,21 +133,27 @@ def check(minutes: float, out: Path, say: Callable[[str], None] = print) -> int:
     missing = [name for name, there in (("a CUDA device", here.gpu), ("triton", here.triton)) if not there]
     if missing:
         raise ValueError(f"gpu-check needs {' and '.join(missing)}, not found here; --dry-run prints what it would do")
+    until = time.monotonic() + 60 * minutes
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         steps = plan(here, minutes, out, Path(folder))
         _clear(steps, out)
-        found = Evidence(collected(steps[0]) if steps[0].absent is None else [])
-        outcomes = _run_all(steps, minutes, out, say)
-        found.tests = outcomes_of(Path(folder) / "tests.xml")
-    log = out / "sanitizer.log"
-    found.sanitizer = log.read_text(errors="replace") if log.exists() else None
-    found.bench = _bench(out / "bench")
-    page = summary(environment.describe(), outcomes, found, out)
-    (out / "summary.md").write_text(page)
+        names = collected(steps[0]) if steps[0].absent is None else []
+        page, found = "", Evidence(names)
+        for outcomes in _run_all(steps, until, out, say):
+            found = evidence(names, Path(folder) / OUTCOMES, out)
+            page = summary(environment.describe(), outcomes, found, out)
+            (out / "summary.md").write_text(page)
     say(f"\n{page}")
     return int(any(verdict.verdict == claims.FAIL for _, verdict in claims.judge(found)))
+
+
+def evidence(names: list[str], tests: Path, out: Path) -> Evidence:
+    """What the steps have left until now: outcomes of tests in a file, and what stands in `out`."""
+    log = out / "sanitizer.log"
+    outcomes, reasons = outcomes_of(tests)
+    return Evidence(names, outcomes, _bench(out / "bench"), log.read_text(errors="replace") if log.exists() else None, reasons)
 
 
 def _clear(steps: list[Step], out: Path) -> None:
@@ -155,13 +165,19 @@ def _clear(steps: list[Step], out: Path) -> None:
     (out / "summary.md").unlink(missing_ok=True)
 
 
-def _run_all(steps: list[Step], minutes: float, out: Path, say: Callable[[str], None]) -> list[Outcome]:
-    """Run the steps; each gets its share of the time that is left. Ctrl-C ends the check and keeps what is there."""
+def _run_all(steps: list[Step], until: float, out: Path, say: Callable[[str], None]) -> Iterator[list[Outcome]]:
+    """Run the steps, each with its share of the time that is left, and tell after each what became of all so far. Ctrl-C ends
+    the check and keeps what is there.
+
+    Args:
+        until: of time.monotonic.
+    """
     outcomes: list[Outcome] = []
-    until, left = time.monotonic() + 60 * minutes, sum(step.share for step in steps if not step.absent)
+    left = sum(step.share for step in steps if not step.absent)
     for step in steps:
         if step.absent:
             outcomes.append(Outcome(step.name, f"skipped: {step.absent}", 0.0))
+            yield outcomes
             continue
         limit = (until - time.monotonic()) * step.share / left
         left -= step.share
@@ -170,9 +186,10 @@ def _run_all(steps: list[Step], minutes: float, out: Path, say: Callable[[str], 
             outcomes.append(run(step, limit, out / f"{step.name}.log"))
         except KeyboardInterrupt:
             outcomes.append(Outcome(step.name, "interrupted", 0.0))
-            break
+            yield outcomes
+            return
         say(f"    {outcomes[-1].result}, {outcomes[-1].seconds:.0f} s")
-    return outcomes
+        yield outcomes
 
 
 def collected(step: Step) -> list[str]:
@@ -188,7 +205,7 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
     start = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=_surroundings(step),
-                                   start_new_session=True)  # fmt: skip
+                                   start_new_session=True, preexec_fn=_listening)  # fmt: skip
         try:
             code = process.wait(max(limit, 1.0))
             result = "done" if code == 0 else f"ended with status {code}: {log.name}"
@@ -198,6 +215,11 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
             _ended(process)
             raise
     return Outcome(step.name, result, time.monotonic() - start)
+
+
+def _listening() -> None:
+    """A shell's background jobs ignore Ctrl-C, and so would what they start: nothing could tell it that its time is up."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ended(process: subprocess.Popen[bytes]) -> str:
@@ -218,16 +240,23 @@ def _surroundings(step: Step) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **step.environment}
 
 
-def outcomes_of(report: Path) -> dict[str, str]:
-    """Outcomes by test from pytest's JUnit file; none where it was not written."""
-    if not report.exists():
-        return {}
-    found = {}
-    for case in xml.parse(report).getroot().iter("testcase"):
-        name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
-        kinds = {part.tag for part in case}
-        found[name] = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-    return found
+def outcomes_of(report: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(outcomes, reasons of what failed) by test, from the lines that tests/conftest.py writes; none where it wrote none.
+
+    A test has a line for its set-up, one for itself and one for what comes after; what is worst counts.
+    """
+    outcomes: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for line in report.read_text().splitlines() if report.exists() else ():
+        if not line.endswith("}"):  # cut off
+            continue
+        found = json.loads(line)
+        name, outcome = found["test"], found["outcome"]
+        if outcome == "failed":
+            reasons.setdefault(name, found["reason"])
+        worst = ("passed", "skipped", "failed")
+        outcomes[name] = max(outcomes.get(name, "passed"), outcome, key=worst.index)
+    return outcomes, reasons
 
 
 def _bench(folder: Path) -> dict | None:

@@ -29,9 +29,8 @@ def summary(facts: dict[str, Any], outcomes: list[Outcome], found: Evidence, out
     counts = ", ".join(f"{sum(v.verdict == kind for _, v in judged)} {kind}" for kind in kinds)
     lines = ["# fastattn on a GPU", "", f"Claims: {counts}.", "", *_table("claim", "where", "verdict", "evidence")]
     lines += [f"| {c.text} | {c.page} | {v.verdict} | {v.evidence.replace('|', '/')} |" for c, v in judged]
-    failed = [name for name, outcome in found.tests.items() if outcome == "failed"]
-    if failed:
-        lines += ["", "Tests that failed:", "", *(f"- {name}" for name in failed[:20])]
+    if told := failures(found):
+        lines += ["", "Tests that failed, by what they say (tests.log has the rest):", "", *(f"- {line}" for line in told)]
     lines += ["", *_table("step", "result", "seconds"), *(f"| {x.name} | {x.result} | {x.seconds:.0f} |" for x in outcomes)]
     if speeds := speed(found):
         lines += ["", "Speed, for which nothing is claimed: the fastest peer's time by ours, the median over cells.", ""]
@@ -45,6 +44,23 @@ def summary(facts: dict[str, Any], outcomes: list[Outcome], found: Evidence, out
 
 def _table(*names: str) -> list[str]:
     return [f"| {' | '.join(names)} |", "| " + " | ".join("---" for _ in names) + " |"]
+
+
+def failures(found: Evidence) -> list[str]:
+    """A line for each kind of failure, the most frequent first: how many tests, the first one's reason, and their names.
+
+    Reasons are of a kind that differ in numbers alone.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, outcome in found.tests.items():
+        if outcome == "failed":
+            kinds.setdefault(re.sub(r"[-+\d.e]*\d[-+\d.e]*", "#", found.reasons.get(name, "")), []).append(name)
+    lines = []
+    for names in sorted(kinds.values(), key=len, reverse=True)[:20]:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        reason = found.reasons.get(names[0]) or "no reason was given"
+        lines.append(f"{len(names)}: `{reason}` in {', '.join(names[:8])}{more}")
+    return lines
 
 
 def speed(found: Evidence) -> list[str]:
