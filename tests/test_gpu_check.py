@@ -42,7 +42,14 @@ def test_the_plan(tmp_path):
     assert {f"interpreted/{path.name}" for path in (gpu_check.ROOT / "tests" / "interpreted").glob("*.py")} <= {
         part.removeprefix("tests/") for part in steps["tests"].command
     }
-    assert all((gpu_check.ROOT / name).exists() for name in gpu_check.suites())
+    assert all((gpu_check.ROOT / name.partition("::")[0]).exists() for name in gpu_check.suites())
+
+
+def test_every_test_that_needs_a_gpu_is_in_the_plan():
+    """But for those that run suites of the plan in processes of their own."""
+    files = {path.name for path in TESTS.glob("*.py") if "@pytest.mark.gpu" in path.read_text()}
+    planned = {name.removeprefix("tests/").partition("::")[0] for name in gpu_check.suites()}
+    assert files - planned == {"test_gpu_check.py", "test_overlays.py", "test_triton.py"}
 
 
 def test_what_is_absent_is_skipped_with_its_reason(tmp_path):

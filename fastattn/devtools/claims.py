@@ -145,6 +145,8 @@ def sanitizer(found: Evidence) -> Verdict:
 CLAIMS = (
     Claim("every mask, score, sink, GQA and dropout combine, within the bars of exactness", "README, Exactness",
           by_tests("interpreted/covering.py", "sanitized/kernels.py::test_every")),
+    Claim("the kernels for sm_90, forward and fused backward, are within the bars of exactness", "kernels/README.md",
+          by_tests("test_hopper_forward.py::test_on_the_gpu", "test_hopper_backward.py::test_on_the_gpu")),
     Claim("models' shapes and the sweeps are within the bars of exactness", "README, Exactness", errors),
     Claim("forward mode, double backward and their mixtures", "README, Why",
           by_tests("interpreted/tangents.py", "::test_one_tangent", "::test_through_the_front", "::test_vmap")),

@@ -32,6 +32,10 @@ from .gpu_summary import Outcome, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = ("sanitized/kernels", "interpreted/tutorial", "interpreted/features", "interpreted/tangents", "interpreted/invariance")
+ON_GPU = (  # in files whose other tests need none
+    "test_hopper_forward.py::test_on_the_gpu", "test_hopper_backward.py::test_on_the_gpu",
+    "test_torch_flash.py::test_under_scaled_dot_product_attention",
+)  # fmt: skip
 OUTCOMES = "tests.jsonl"  # a line per test, by tests/conftest.py
 SAMPLE = "causal or sinks_window or dense_documents or everything"
 BENCH = ("results.json", "report.html", "tables.md", "bench.png")
@@ -72,9 +76,10 @@ def machine() -> Machine:
 
 
 def suites() -> list[str]:
-    """The kernels' suites as paths below the root, those that tell most by the minute first."""
+    """What pytest is told to run, as paths below the root: the kernels' suites, those that tell most by the minute first, and
+    single tests that need a GPU."""
     found = sorted(f"interpreted/{path.stem}" for path in (ROOT / "tests" / "interpreted").glob("*.py"))
-    return [f"tests/{name}.py" for name in dict.fromkeys((*FIRST, *found))]
+    return [*(f"tests/{name}.py" for name in dict.fromkeys((*FIRST, *found))), *(f"tests/{name}" for name in ON_GPU)]
 
 
 def plan(here: Machine, minutes: float, out: Path, scratch: Path) -> list[Step]:
