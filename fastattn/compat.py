@@ -66,6 +66,15 @@ def watch_gradient(out: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> N
     out.grad_fn._register_hook_dict(out)  # type: ignore[union-attr]
 
 
+_saving_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saving_is_watched() -> bool:
+    """Whether what a node saves goes through hooks, as in a checkpoint, which lets it be read once; where torch does not say,
+    yes: the slower answer is always right."""
+    return _saving_hooks is None or _saving_hooks(True) is not None
+
+
 def saved_by_fused_cpu_forward(node: Any) -> tuple[Any, ...]:
     """Its (q, k, v, attn_mask, is_causal, scale) and its (out, lse), these two without a graph, as the node has kept them."""
     out, lse = node._saved_output.detach(), node._saved_logsumexp.detach()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FARTHEST = 1 << 62  # of an int coordinate, so that indices can be added in 64 bits
+
 
 class Coordinates:
     """The coordinates (b, h, q, k) of a call's batch entries, query heads, rows and keys. Immutable.
@@ -68,7 +70,7 @@ class Coordinates:
 
         Raises:
             TypeError: a coordinate is neither an int nor an integer tensor.
-            ValueError: a tensor's shape does not fit the call.
+            ValueError: a tensor's shape does not fit the call, or an int is out of range.
         """
         return Coordinates(
             _fitted("b", self.b, ((n_b,), (n_b, n_q), (1, n_q), (n_b, 1)), column=True),
@@ -81,6 +83,8 @@ class Coordinates:
 def _fitted(name: str, x: Any, shapes: tuple[tuple[int, ...], ...], column: bool = False) -> int | Tensor:
     """x as it stands where it is an int; a tensor of one of `shapes` as 2-D."""
     if isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool):
+        if isinstance(x, int) and abs(x) >= FARTHEST:
+            raise ValueError(f"coords.{name} must lie within +-2^62, got {x}")
         return x  # type: ignore[return-value]
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -3,7 +3,8 @@
 Attention of dense tensors that is full, square causal, or under a mask, with nothing watching (no transform, no mode, no
 compiler, no autocast): torch's fused kernel inside one classic autograd.Function, without describing the call as a Problem. The
 tiniest calls take torch's own autograd node instead, which costs less than a Function's two visits to Python; a hook on the
-output steps in where that node's backward is itself to be differentiated. Anything else goes the long way, and all give the
+output steps in where that node's backward is itself to be differentiated, and reads again what the node saved: not where hooks
+on saved tensors watch. Anything else goes the long way, and all give the
 same numbers.
 """
 
@@ -151,7 +152,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool,
         scale = 1.0 / math.sqrt(q.shape[3])
     if not _wants_gradients(q, k, v):
         return _computed(q, k, v, added, causal, scale)[0]
-    tiny = q.numel() + 2 * k.numel() <= TINY and compat.running_node is not None
+    tiny = q.numel() + 2 * k.numel() <= TINY and compat.running_node is not None and not compat.saving_is_watched()
     dtype = q.dtype
     if dtype in LOW:
         if not tiny:

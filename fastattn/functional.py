@@ -189,10 +189,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q's heads must be a multiple of k's, got {n_h} and {n_kv}")
 
 
-def check_dense(x: Tensor, name: str, instead: str) -> None:
+def check_dense(x: Tensor, name: str, instead: str = "") -> None:
     """Raise for a nested or sparse tensor, which has no strides."""
     if x.is_nested:
-        raise TypeError(f"{name} must be a dense Tensor, got a nested one of layout {x.layout}: {instead}")
+        raise TypeError(f"{name} must be a dense Tensor, got a nested one of layout {x.layout}{instead and ': '}{instead}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense Tensor, got one of layout {x.layout}")
 
@@ -220,6 +220,17 @@ def checked_scale(scale: Any, head_dim: int) -> float:
 
 def lowered_mask(mask: MaskLike, n_b: int, n_h: int, n_q: int, n_k: int, device: torch.device) -> LoweredMask:
     """The mask of a call in its lowered form."""
+    mask = lowered_for(mask, n_q, n_k, device)
+    _check_mask_tensors(mask, n_b, n_h, device)
+    return mask
+
+
+def lowered_for(mask: MaskLike, n_q: int, n_k: int, device: torch.device) -> LoweredMask:
+    """The mask in its lowered form for so many rows and keys.
+
+    Raises:
+        TypeError, ValueError: it is no mask, or was lowered for others.
+    """
     if mask is None:
         mask = FULL
     elif isinstance(mask, Tensor):
@@ -229,12 +240,11 @@ def lowered_mask(mask: MaskLike, n_b: int, n_h: int, n_q: int, n_k: int, device:
             )
         mask = Dense(mask.reshape((1,) * (2 - mask.dim()) + mask.shape) if mask.dim() < 2 else mask)
     if isinstance(mask, Mask):
-        mask = mask.lower(n_q, n_k, device)
-    elif not isinstance(mask, LoweredMask):
+        return mask.lower(n_q, n_k, device)
+    if not isinstance(mask, LoweredMask):
         raise TypeError(f"mask must be a Mask, a LoweredMask, a bool Tensor or None, got {brief(mask)}")
-    elif mask.n_q != n_q or mask.n_k != n_k:
+    if mask.n_q != n_q or mask.n_k != n_k:
         raise ValueError(f"mask was lowered for {mask.n_q} rows and {mask.n_k} keys, the call has {n_q} and {n_k}")
-    _check_mask_tensors(mask, n_b, n_h, device)
     return mask
 
 
@@ -262,6 +272,8 @@ def checked_scores(score: ScoreLike, n_b: int, n_h: int, n_q: int, n_k: int, q: 
     for item in score:
         if not isinstance(item, Score):
             raise TypeError(f"score must be a Score or a sequence of Scores, got one of {brief(item)}")
+        for x in item.params:
+            check_dense(x, f"every tensor of {type(item).__name__}")
         item.validate(n_b, n_h, n_q, n_k, q.dtype, q.device)
         item.check_coords(coords, n_b, n_h, n_q, n_k)
         item = item.canonical(n_b, n_h)
@@ -281,6 +293,7 @@ def checked_sinks(sinks: Tensor | None, n_b: int, n_h: int, q: Tensor) -> Tensor
         return None
     if not isinstance(sinks, Tensor):
         raise TypeError(f"sinks must be a Tensor, got {type(sinks).__name__}")
+    check_dense(sinks, "sinks")
     if not sinks.is_floating_point():
         raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
     if sinks.device != q.device:
@@ -337,6 +350,8 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: as in `attention`; cu_seqlens are checked by value where they are on the CPU.
     """
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be True or False, got {return_lse!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -165,6 +165,7 @@ def _mask_tensor(attn_mask: Any, q: Tensor, n_k: int, query_leading: torch.Size,
     """attn_mask as (B|1, H|1, L|1, S|1)."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")
+    check_dense(attn_mask, "attn_mask")
     half = q.dtype in (torch.float16, torch.bfloat16)
     accepted = (torch.bool, q.dtype, torch.float32) if half else (torch.bool, q.dtype)
     cast = autocasting(q.device) and attn_mask.is_floating_point()

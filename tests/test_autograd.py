@@ -292,6 +292,23 @@ def test_checkpointing():
             assert_close(a, b)
 
 
+@pytest.mark.parametrize("n", [8, 1500])  # at 8 torch's own autograd node would be taken, and what it saved be read twice
+@pytest.mark.parametrize("mask", [None, fa.Causal(), torch.ones(1, 1, dtype=torch.bool)])
+def test_checkpointing_in_the_second_order(n, mask):
+    q, k, v = (torch.randn(1, 2, n, 4, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    attend = lambda *x: fa.attention(*x, mask=mask)
+    kept = lambda *x: checkpoint(attend, *x, use_reentrant=False)
+
+    def penalty(attend, *x):
+        grads = torch.autograd.grad(attend(*x).square().sum(), x, create_graph=True)
+        return sum(grad.square().sum() for grad in grads)
+
+    exact = torch.autograd.grad(penalty(attend, q, k, v), (q, k, v))
+    for ours in (checkpoint(penalty, attend, q, k, v, use_reentrant=False), penalty(kept, q, k, v)):
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v)), exact, strict=True):
+            assert_close(a, b)
+
+
 def test_checkpointing_keeps_dropout_bits():
     q, k, v = (x.requires_grad_() for x in make()[:3])
     fn = lambda *x: fa.attention(*x, dropout_p=0.5).square().sum()

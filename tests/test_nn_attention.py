@@ -359,8 +359,20 @@ def wrong_uses():
         "dim": (lambda: nn.Attention(9, 2), "dim must be divisible by n_heads where head_dim is not given, got 9 and 2"),
         "rotary": (lambda: use(rotary=nn.Rotary(6)), "rotary must be for head_dim 4, got 6"),
         "window": (lambda: use(window=0), "window must be at least 1, got 0"),
-        "dropout": (lambda: use(dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),
+        "dropout": (lambda: use(dropout=1.0), r"dropout must be a number in \[0, 1\), got 1.0"),
         "cross causal": (lambda: use(context_dim=3, causal=True), "causal, window and rotary are for self-attention"),
+        "dropout's kind": (lambda: use(dropout="a"), r"dropout must be a number in \[0, 1\), got 'a'"),
+        "scale": (lambda: use(scale=float("inf")), "scale must be finite, got inf"),
+        "context's kind": (lambda: use(context_dim=3)(x, [1]), r"context must have shape \(2, length, 3\), got list"),
+        "positions": (
+            lambda: use(rotary=nn.Rotary(4))(x, positions=torch.zeros(3, 5).long()),
+            r"positions must have shape \(5,\) or \(2, 5\), got \(3, 5\)",
+        ),
+        "cache size": (lambda: nn.StaticCache(-1, 1, 1, 1), "batch must be at least 1, got -1"),
+        "static lengths": (
+            lambda: nn.StaticCache(2, 1, 4, 8).update(x[:, None, :2].detach(), x[:, None, :3]), "k and v must have the same length",
+        ),
+        "lengths": (lambda: nn.DynamicCache().update(x[:, None, :2], x[:, None, :3]), "k and v must have the same length"),
         "x": (lambda: use()(x[..., :3]), r"x must be a dense tensor of shape \(batch, length, 8\), got \(2, 5, 3\)"),
         "x is no tensor": (lambda: use()(None), "x must be a dense tensor of shape .*, got NoneType"),
         "head_dim": (lambda: use(head_dim=0), "head_dim must be at least 1, got 0"),
@@ -394,6 +406,7 @@ def test_what_is_of_another_kind():
         (dict(window=2.5), "window must be an int, got 2.5"),
         (dict(causal="yes"), "causal must be True or False, got 'yes'"),
         (dict(rotary=4), "rotary must be a Rotary or None, got int"),
+        (dict(scale="a"), "scale must be a number or None, got 'a'"),
     ):
         with pytest.raises(TypeError, match=message):
             nn.Attention(8, 2, **made)
@@ -402,6 +415,10 @@ def test_what_is_of_another_kind():
         m(x, score=3)
     with pytest.raises(TypeError, match="cache must be a Cache or None, got int"):
         m(x, cache=3)
+    with pytest.raises(TypeError, match="cache must be a Cache or None, got the class DynamicCache"):
+        m(x, cache=nn.DynamicCache)
+    with pytest.raises(TypeError, match="is_causal must be True, False or None, got 3"):
+        m(x, is_causal=3)
     m = nn.Attention(8, 2, context_dim=8)
     with pytest.raises(TypeError, match="cache must be a DynamicCache where there is a context, got StaticCache"):
         m(x, x, cache=nn.StaticCache(2, 2, 9, 4))

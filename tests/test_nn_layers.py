@@ -240,6 +240,10 @@ def wrong_uses():
         "keep dtype": (lambda: layer(x, keep=torch.ones(2, 5)), TypeError, "keep must be a bool Tensor"),
         "keep shape": (lambda: layer(x, keep=seen[0, 0, :2, :4]), ValueError, r"keep must have shape \(2, 5\), got \(2, 4\)"),
         "mask": (lambda: nn.Encoder(1, 8, 2)(x, mask=fa.Full().lower(4, 4)), ValueError, "mask was lowered for 4 rows"),
+        "mask's kind": (lambda: nn.Encoder(1, 8, 2)(x, mask="causal"), TypeError, "mask must be a Mask.*, got 'causal'"),
+        "mask's dtype": (lambda: nn.Encoder(1, 8, 2)(x, mask=torch.ones(5, 5)), TypeError, "mask must be a bool tensor"),
+        "one cache": (lambda: decoder(x, cache=nn.DynamicCache()), TypeError, "cache must be what new_cache"),
+        "caches": (lambda: decoder(x, cache=[nn.DynamicCache()] * 2), TypeError, "cache must be a LayerCache or None"),
         "heads": (lambda: layer(x, mask=seen), ValueError, "mask must have 1 or 2 heads, got 3"),
         "memory": (lambda: decoder(x, x), ValueError, "the layer was built without memory_dim"),
         "cache": (lambda: decoder(x, cache=decoder.new_cache()[:1]), ValueError, "cache must hold one LayerCache"),
@@ -247,6 +251,11 @@ def wrong_uses():
         "layers": (lambda: nn.Encoder(-1, 8, 2), ValueError, "n_layers must be at least 1, got -1"),
         "option": (lambda: nn.EncoderLayer(8, 2, windows=3), TypeError, "windows"),
     }  # fmt: skip
+
+
+def test_a_stack_takes_the_masks_of_attention():
+    encoder, x, shown = nn.Encoder(2, 8, 2), torch.randn(2, 5, 8), torch.tensor([True, True, True, False, False])
+    assert_close(encoder(x, mask=shown), encoder(x, mask=shown.expand(5, 5)))
 
 
 WRONG = wrong_uses()

@@ -78,6 +78,38 @@ def test_rotary_tables_are_kept_and_follow_the_input():
     assert_close(torch.autograd.grad(fresh(x.requires_grad_()).square().sum(), x)[0], 2 * x)
 
 
+@pytest.mark.parametrize("offset", [-5, -3, -1])
+def test_rotary_in_front_of_the_first(offset):
+    """With a table at hand, whose end is not meant."""
+    x = torch.randn(2, 1, 3, 4)
+    rotary = nn.Rotary(4)
+    rotary(x)
+    assert_close(rotary(x, offset=offset), rotary(x, positions=torch.arange(offset, offset + 3)))
+
+
+MODULES = [(nn.Rotary(4), (2, 1, 3, 4)), (nn.SinusoidalPositions(4), (2, 3, 4)), (nn.LearnedPositions(9, 4), (2, 3, 4))]
+
+
+@pytest.mark.parametrize(("module", "shape"), MODULES)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(offset=1.5), TypeError, "offset must be an int or an integer Tensor, got 1.5"),
+        (dict(offset=True), TypeError, "offset must be an int or an integer Tensor, got True"),
+        (dict(offset=torch.ones(2)), TypeError, "offset must be an int or an integer Tensor, got torch.float32"),
+        (dict(offset=torch.tensor(1)), ValueError, r"offset must be an int or have shape \(2,\), got \(\)"),
+        (dict(offset=torch.tensor([1, 2, 3])), ValueError, r"offset must be an int or have shape \(2,\), got \(3,\)"),
+        (dict(positions=torch.ones(3)), TypeError, "positions must be an integer Tensor, got torch.float32"),
+        (dict(positions=[0, 1, 2]), TypeError, "positions must be an integer Tensor, got list"),
+        (dict(positions=torch.arange(4)), ValueError, r"positions must have shape \(3,\) or \(2, 3\), got \(4,\)"),
+        (dict(positions=torch.ones(3, 3).long()), ValueError, r"positions must have shape \(3,\) or \(2, 3\), got \(3, 3\)"),
+    ],
+)  # fmt: skip
+def test_bad_positions(module, shape, options, error, message):
+    with pytest.raises(error, match=message):
+        module(torch.randn(*shape), **options)
+
+
 def test_rotary_under_transforms():
     rotary = nn.Rotary(8)
     x = torch.randn(4, 2, 3, 5, 8)
@@ -166,10 +198,12 @@ def test_relative_table():
         (lambda: nn.Rotary(8, factor=2.0), "factor must be positive, and needs scaling"),
         (lambda: nn.Rotary(2, scaling="ntk", factor=2.0), "needs a rotary_dim of at least 4"),
         (lambda: nn.Rotary(8)(torch.randn(1, 1, 4, 6)), r"x must have 8 features, got shape \(1, 1, 4, 6\)"),
-        (lambda: nn.Rotary(8)(torch.randn(1, 1, 4, 8), torch.arange(5)), r"positions must have shape \(4,\) or \(batch, 4\)"),
+        (lambda: nn.Rotary(8)(torch.randn(1, 1, 4, 8), torch.arange(5)), r"positions must have shape \(4,\) or \(1, 4\)"),
         (lambda: nn.SinusoidalPositions(5), "dim must be an even int"),
         (lambda: nn.SinusoidalPositions(6)(torch.randn(2, 4)), "x must have 6 features"),
-        (lambda: nn.RelativeTable(2, -1), "reach must be at least 0"),
+        (lambda: nn.RelativeTable(2, -1), "reach must be an int of at least 0, got -1"),
+        (lambda: nn.RelativeTable(0, 3), "n_heads must be at least 1, got 0"),
+        (lambda: nn.T5Buckets(0), "n_heads must be at least 1, got 0"),
         (lambda: nn.T5Buckets(2, 2), "num_buckets must be at least 4"),
         (lambda: nn.ALiBiSlopes(2, distance="far"), "distance must be"),
         (lambda: nn.ALiBiSlopes(0), "n_heads must be at least 1"),

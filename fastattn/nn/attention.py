@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..coords import Coordinates
-from ..functional import MaskLike, attention, lowered_mask
+from ..functional import MaskLike, attention, checked_scale, lowered_mask
 from ..masks import Bound, Causal, LoweredMask, Mask, SlidingWindow
 from ..masks.algebra import intersect
 from ..scores import Score, Softcap
@@ -82,8 +82,9 @@ class Attention(nn.Module):
             raise ValueError(f"rotary must be for head_dim {head_dim}, got {rotary.head_dim}")
         if context_dim is not None and (causal or window is not None or rotary is not None):
             raise ValueError("causal, window and rotary are for self-attention; with context_dim they must be left out")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+        checked_scale(scale, head_dim)
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
         self.dim, self.n_heads, self.n_kv_heads, self.head_dim = dim, n_heads, n_kv_heads, head_dim
         self.context_dim, self.causal, self.window = context_dim, causal, window
@@ -161,8 +162,11 @@ class Attention(nn.Module):
             raise ValueError(f"x must be a dense tensor of shape (batch, length, {self.dim}), got {got}")
         if positions is not None and self.rotary is None:
             raise ValueError("positions must be None without a rotary: nothing would depend on them")
-        if cache is not None and not hasattr(cache, "update"):
-            raise TypeError(f"cache must be a Cache or None, got {type(cache).__name__}")
+        if cache is not None and (isinstance(cache, type) or not hasattr(cache, "update")):
+            got = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
+            raise TypeError(f"cache must be a Cache or None, got {got}")
+        if is_causal is not None and not isinstance(is_causal, bool):
+            raise TypeError(f"is_causal must be True, False or None, got {is_causal!r}")
         if not isinstance(score, (Score, Sequence)):
             raise TypeError(f"score must be a Score or several, got {type(score).__name__}")
         q, k, v, offset = self._cross(x, context, cache) if self.context_dim else self._self(x, context, positions, cache)
@@ -202,10 +206,11 @@ class Attention(nn.Module):
             raise TypeError(f"cache must be a DynamicCache where there is a context, got {type(cache).__name__}")
         if cache is not None and cache.k is not None:
             return q, cache.k, cache.v, 0
-        if context is None or context.dim() != 3 or context.shape[2] != self.context_dim or len(context) != len(x):
-            got = None if context is None else tuple(context.shape)
+        given = context if isinstance(context, Tensor) else None
+        if given is None or given.dim() != 3 or given.shape[2] != self.context_dim or len(given) != len(x):
+            got = tuple(given.shape) if given is not None else None if context is None else type(context).__name__
             raise ValueError(f"context must have shape ({len(x)}, length, {self.context_dim}), got {got}")
-        k, v = self.kv(context).unflatten(2, (-1, self.head_dim)).transpose(1, 2).chunk(2, 1)
+        k, v = self.kv(given).unflatten(2, (-1, self.head_dim)).transpose(1, 2).chunk(2, 1)
         k = k if self.k_norm is None else self.k_norm(k)
         if cache is not None:
             cache.update(k, v)

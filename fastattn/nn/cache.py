@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .errors import check_sizes
+
 
 @runtime_checkable
 class Cache(Protocol):
@@ -42,6 +44,7 @@ class DynamicCache:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
         """As in `Cache`."""
         offset = self.offset
+        _check_lengths(k, v)
         if self.k is not None and self.v is not None:
             if self.k.shape[:2] != k.shape[:2]:
                 raise ValueError(f"k must have the cache's batch and heads {tuple(self.k.shape[:2])}, got {tuple(k.shape)}")
@@ -63,12 +66,16 @@ class StaticCache:
     Args:
         batch, n_kv_heads, capacity, head_dim: sizes of the keys. v_dim: features of the values, head_dim by default.
         device, dtype: of the storage.
+
+    Raises:
+        TypeError, ValueError: a size is no positive int.
     """
 
     def __init__(
         self, batch: int, n_kv_heads: int, capacity: int, head_dim: int, v_dim: int | None = None, device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        check_sizes(batch=batch, n_kv_heads=n_kv_heads, capacity=capacity, head_dim=head_dim, v_dim=v_dim)
         self.k = torch.zeros(batch, n_kv_heads, capacity, head_dim, device=device, dtype=dtype)
         self.v = torch.zeros(batch, n_kv_heads, capacity, head_dim if v_dim is None else v_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # tokens of each sequence
@@ -91,6 +98,7 @@ class StaticCache:
             ValueError: no room is left, shapes or dtype do not fit, or a gradient is wanted.
         """
         n = k.shape[2]
+        _check_lengths(k, v)
         for name, x, own in (("k", k, self.k), ("v", v, self.v)):
             if x.shape[:2] != own.shape[:2] or x.shape[3] != own.shape[3] or x.dtype != own.dtype:
                 raise ValueError(
@@ -112,3 +120,8 @@ class StaticCache:
         """Forget everything; the storage stays."""
         self.lengths.zero_()
         self.used = 0
+
+
+def _check_lengths(k: Tensor, v: Tensor) -> None:
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have the same length, got {tuple(k.shape)} and {tuple(v.shape)}")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import MaskLike
-from ..masks import Dense, LoweredMask, Mask
+from ..functional import MaskLike, lowered_for
+from ..masks import Dense, LoweredMask
 from ..masks.algebra import intersect
 from ..scores import Score
 from .attention import Attention
@@ -217,6 +217,8 @@ class DecoderLayer(_Layer):
         """
         if self.cross_attention is None and (memory is not None or memory_mask is not None or memory_keep is not None):
             raise ValueError("memory, memory_mask and memory_keep must be None: the layer was built without memory_dim")
+        if not isinstance(cache, LayerCache | None):
+            raise TypeError(f"cache must be a LayerCache or None, got {type(cache).__name__}")
         cached = None if cache is None else cache.own
         n_keys = x.shape[1] if keep is None else keep.shape[-1]
         mask = padded_mask(mask, keep, x, n_keys)
@@ -265,12 +267,7 @@ def padded_mask(mask: MaskLike, keep: Tensor | None, x: Tensor, n_k: int) -> Mas
 
 def lowered_once(mask: MaskLike, x: Tensor, n_k: int) -> LoweredMask | None:
     """`mask` for x's rows and n_k keys, so that layers share the work; whether it fits them is checked by the first."""
-    mask = Dense(mask) if isinstance(mask, Tensor) else mask
-    if isinstance(mask, Mask):
-        return mask.lower(x.shape[1], n_k, x.device)
-    if mask is not None and (mask.n_q, mask.n_k) != (x.shape[1], n_k):
-        raise ValueError(f"mask was lowered for {mask.n_q} rows and {mask.n_k} keys, the call has {x.shape[1]} and {n_k}")
-    return mask
+    return None if mask is None else lowered_for(mask, x.shape[1], n_k, x.device)
 
 
 def make_norm(kind: str, dim: int, eps: float, **factory: Any) -> nn.Module:

@@ -22,21 +22,40 @@ SCALINGS = (None, "linear", "ntk")
 STYLES = ("half", "interleaved")
 
 
-def positions_of(positions: Tensor | None, offset: int | Tensor, n: int, device: torch.device) -> Tensor:
-    """Positions (n,) or (B, n): those given, or `offset`, an int or (B,), and what follows it.
+def positions_of(x: Tensor, positions: Tensor | None, offset: int | Tensor) -> Tensor:
+    """Positions (n,) or (B, n) of x's n rows: those given, or `offset`, an int or (B,), and what follows it.
 
     Raises:
-        TypeError, ValueError: positions is no integer tensor (n,) or (B, n).
+        TypeError, ValueError: positions is no integer tensor (n,) or (B, n), or offset no int and no integer tensor (B,).
     """
+    n, batch = x.shape[-2], x.shape[0] if x.dim() > 2 else None
     if positions is not None:
-        if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        if not _is_integer(positions):
             got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
             raise TypeError(f"positions must be an integer Tensor, got {got}")
-        if positions.dim() not in (1, 2) or positions.shape[-1] != n:
-            raise ValueError(f"positions must have shape ({n},) or (batch, {n}), got {tuple(positions.shape)}")
+        shape = tuple(positions.shape)
+        if len(shape) not in (1, 2) or shape[-1] != n or (len(shape) == 2 and batch is not None and shape[0] not in (1, batch)):
+            raise ValueError(f"positions must have shape ({n},) or ({'batch' if batch is None else batch}, {n}), got {shape}")
         return positions
-    index = torch.arange(n, device=device)
+    check_offset(offset, batch)
+    index = torch.arange(n, device=x.device)
     return index + (offset[:, None] if isinstance(offset, Tensor) else offset)
+
+
+def check_offset(offset: Any, batch: int | None) -> None:
+    """Raise unless it is an int or an integer tensor (batch,)."""
+    if isinstance(offset, Tensor):
+        if not _is_integer(offset):
+            raise TypeError(f"offset must be an int or an integer Tensor, got {offset.dtype}")
+        if offset.dim() != 1 or (batch is not None and offset.shape[0] not in (1, batch)):
+            shape = f"({'batch' if batch is None else batch},)"
+            raise ValueError(f"offset must be an int or have shape {shape}, got {tuple(offset.shape)}")
+    elif not isinstance(offset, (int, torch.SymInt)) or isinstance(offset, bool):
+        raise TypeError(f"offset must be an int or an integer Tensor, got {offset!r}")
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
 
 
 def frequencies(dim: int, base: float, device: Any = None) -> Tensor:
@@ -69,7 +88,7 @@ class SinusoidalPositions(nn.Module):
         """x (..., L, dim) at positions (L,) or (B, L); offset 0, 1, 2, ... by default."""
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must have {self.dim} features, got shape {tuple(x.shape)}")
-        return x + self.table(positions_of(positions, offset, x.shape[-2], x.device)).to(x.dtype)
+        return x + self.table(positions_of(x, positions, offset)).to(x.dtype)
 
     def table(self, positions: Tensor) -> Tensor:
         """The encodings of positions (...). # (..., dim)"""
@@ -102,10 +121,11 @@ class LearnedPositions(nn.Module):
             raise ValueError(f"x must have {self.weight.shape[1]} features, got shape {tuple(x.shape)}")
         n, last = x.shape[-2], self.weight.shape[0]
         if positions is None and not isinstance(offset, Tensor):
+            check_offset(offset, None)
             if not 0 <= offset <= last - n:
                 raise ValueError(f"offset {offset} and length {n} must stay within max_length {last}")
             return x + self.weight[offset : offset + n].to(x.dtype)
-        return x + F.embedding(positions_of(positions, offset, n, x.device), self.weight).to(x.dtype)
+        return x + F.embedding(positions_of(x, positions, offset), self.weight).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
@@ -177,9 +197,9 @@ class Rotary(nn.Module):
     def tables(self, x: Tensor, positions: Tensor | None = None, offset: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """(cos, sin) for x's rows. # (L, rotary_dim / 2) or (B, 1, L, rotary_dim / 2)"""
         n, dtype = x.shape[-2], torch.float64 if x.dtype == torch.float64 else torch.float32
-        kept = positions is None and not isinstance(offset, Tensor) and dtype == torch.float32 and compat.nothing_watches()
-        if not kept or isinstance(offset, Tensor):
-            found = self._angles(positions_of(positions, offset, n, x.device))
+        kept = positions is None and type(offset) is int and dtype == torch.float32 and compat.nothing_watches()
+        if not kept or isinstance(offset, Tensor) or offset < 0:
+            found = self._angles(positions_of(x, positions, offset))
             found = found[:, None] if found.dim() == 3 else found
             return found.cos().to(dtype), found.sin().to(dtype)
         table = self._tables.get(x.device)
@@ -242,8 +262,9 @@ class RelativeTable(nn.Module):
 
     def __init__(self, n_heads: int, reach: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if reach < 0:
-            raise ValueError(f"reach must be at least 0, got {reach}")
+        check_sizes(n_heads=n_heads)
+        if not isinstance(reach, int) or isinstance(reach, bool) or reach < 0:
+            raise ValueError(f"reach must be an int of at least 0, got {reach!r}")
         self.weight = nn.Parameter(torch.zeros(n_heads, 2 * reach + 1, device=device, dtype=dtype))
 
     def forward(self) -> RelativeBias:
@@ -270,6 +291,7 @@ class T5Buckets(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(n_heads=n_heads, num_buckets=num_buckets, max_distance=max_distance)
         exact = num_buckets // (4 if bidirectional else 2)
         if not 1 <= exact < max_distance:
             raise ValueError(

@@ -75,6 +75,8 @@ class Decoder(nn.Module):
         cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """x (B, L, dim) to the same shape; arguments as in `DecoderLayer`, `cache` as `new_cache` makes it."""
+        if not isinstance(cache, Sequence | None):
+            raise TypeError(f"cache must be what new_cache() makes, a LayerCache for each layer, got {type(cache).__name__}")
         if cache is not None and len(cache) != len(self.layers):
             raise ValueError(f"cache must hold one LayerCache for each of {len(self.layers)} layers, got {len(cache)}")
         if keep is not None:

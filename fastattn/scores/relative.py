@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..coords import FARTHEST
 from .base import Additive, DeviceGradient, apart, index_add, lead_strides, leading
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class RelativeBias(Additive, built_in="relative"):
         offset: the table's entry for distance 0; the middle, (n - 1) // 2, by default.
 
     Raises:
-        TypeError, ValueError: table is no such tensor or offset no int.
+        TypeError, ValueError: table is no such tensor, or offset no int or out of range.
     """
 
     def __init__(self, table: Tensor, offset: int | None = None) -> None:
@@ -32,6 +33,8 @@ class RelativeBias(Additive, built_in="relative"):
             raise ValueError(f"table must have shape (n,), (heads, n) or (batch, heads, n), got {tuple(table.shape)}")
         if offset is not None and not isinstance(offset, int):
             raise TypeError(f"offset must be an int or None, got {type(offset).__name__}")
+        if offset is not None and abs(offset) >= FARTHEST:
+            raise ValueError(f"offset must lie within +-2^62, got {offset}")
         self.params = (table,)
         self.ints = ((table.shape[-1] - 1) // 2 if offset is None else offset,)
 
@@ -150,6 +153,9 @@ def t5_bucket(distance: Tensor, bidirectional: bool = True, num_buckets: int = 3
     """
     if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():
         raise TypeError(f"distance must be an integer Tensor, got {getattr(distance, 'dtype', type(distance).__name__)}")
+    for name, n in (("num_buckets", num_buckets), ("max_distance", max_distance)):
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"{name} must be an int, got {n!r}")
     least = 4 if bidirectional else 2
     if num_buckets < least or max_distance <= num_buckets // least:
         raise ValueError(
