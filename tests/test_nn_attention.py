@@ -370,7 +370,7 @@ def wrong_uses():
         ),
         "cache size": (lambda: nn.StaticCache(-1, 1, 1, 1), "batch must be at least 1, got -1"),
         "static lengths": (
-            lambda: nn.StaticCache(2, 1, 4, 8).update(x[:, None, :2].detach(), x[:, None, :3]), "k and v must have the same length",
+            lambda: nn.StaticCache(2, 1, 4, 8).update(x[:, None, :2], x[:, None, :3]), "k and v must have the same length",
         ),
         "lengths": (lambda: nn.DynamicCache().update(x[:, None, :2], x[:, None, :3]), "k and v must have the same length"),
         "x": (lambda: use()(x[..., :3]), r"x must be a dense tensor of shape \(batch, length, 8\), got \(2, 5, 3\)"),
