@@ -82,17 +82,17 @@ def hidden(x, seen, instead):
 def add_up(x, k_idx, sums, MASKED: tl.constexpr):
     """Add a tile of x to what earlier entries left there, and write it: in its own dtype behind the last of them.
 
-    sums: the address of the first row's sums, that in float32 where several entries share a sum or None, their row stride,
-    which rows exist, whether there are earlier entries, whether there are later ones.
+    sums: the address of the first row's sums, their row stride, which rows exist; and where several entries share a sum its
+    address in float32, whether there are earlier entries, whether there are later ones.
     """
-    inside = sums[3][:, None]
+    inside = sums[2][:, None]
     if MASKED:  # a tile's first key is a multiple of its size; a row stride says of the number of keys what there is to know
         k_idx = tl.max_contiguous(tl.multiple_of(k_idx, x.shape[1]), x.shape[1])
-        inside = inside & (k_idx < sums[2])[None, :]
-    at = tl.arange(0, x.shape[0])[:, None] * sums[2] + k_idx[None, :]
-    if sums[1] is not None:
-        x += tl.load(sums[1] + at, mask=inside & sums[4], other=0.0)
-        tl.store(sums[1] + at, x, mask=inside & sums[5])
+        inside = inside & (k_idx < sums[1])[None, :]
+    at = tl.arange(0, x.shape[0])[:, None] * sums[1] + k_idx[None, :]
+    if len(sums) > 3:
+        x += tl.load(sums[3] + at, mask=inside & sums[4], other=0.0)
+        tl.store(sums[3] + at, x, mask=inside & sums[5])
         inside = inside & (sums[5] == 0)
     tl.store(sums[0] + at, rounded(x, sums[0].dtype.element_ty), mask=inside)
 
@@ -143,8 +143,8 @@ def backward_dq(
     """dq of one tile of queries. strides: q, k, v, do, dq, sinks (entry, head).
 
     grads: () or, for the gradient of a dense bias where every tile is visited once (one span, no Pointwise), (the gradient
-    (B|1, H, n_q, n_k), None or float32 like it, row stride of both, B). With the second all entries share a sum, and a program
-    has the tile of all.
+    (B|1, H, n_q, n_k), its row stride) and, where all entries share a sum, (one like it in float32, B): a program has the tile
+    of all then. No part is None: Triton 3.6 counts no tuple that has one.
     """
     BLOCK_Q: tl.constexpr = BLOCKS[0]
     size = (n_q, n_k, start, stop, q_at, k_at)
@@ -156,16 +156,16 @@ def backward_dq(
         )  # fmt: skip
     else:
         q_idx = q0 + tl.arange(0, BLOCK_Q)
-        own = ((b * n_h + h) * n_q + q0) * grads[2]
-        if grads[1] is None:
-            sums = (grads[0] + own, None, grads[2], q_idx < n_q, False, False)
+        own = ((b * n_h + h) * n_q + q0) * grads[1]
+        if len(grads) == 2:
+            sums = (grads[0] + own, grads[1], q_idx < n_q)
             dq_rows(
                 q, k, v, do, lse2, delta, dlse, sinks, dq_out, sums, (data, size, n_b), strides, scale, q0, b, h, n_h, n_pad,
                 FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION, ZERO_SUM,
             )  # fmt: skip
         else:
             for entry in tl.range(0, grads[3], num_stages=1):
-                sums = (grads[0] + own, grads[1] + own, grads[2], q_idx < n_q, entry > 0, entry + 1 < grads[3])
+                sums = (grads[0] + own, grads[1], q_idx < n_q, grads[2] + own, entry > 0, entry + 1 < grads[3])
                 dq_rows(
                     q, k, v, do, lse2, delta, dlse, sinks, dq_out, sums, (data, size, n_b), strides, scale, q0, b + entry, h,
                     n_h, n_pad, FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION, ZERO_SUM,

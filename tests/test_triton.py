@@ -365,8 +365,21 @@ def test_everything_compiles(tmp_path, monkeypatch):
     assert names.count("score_grads") == 2  # the gradient and its tangent
 
 
+def bias_of_its_own():
+    """The pass over dq writes the gradient of such a bias."""
+    score = [fa.Bias(torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16))]
+    return offline.example(64, torch.bfloat16, n=64, score=score, params=True)
+
+
+def bias_of_all_entries():
+    """Several batch entries share its gradient, which is summed in float32."""
+    q = torch.zeros(2, 4, 64, 64, dtype=torch.bfloat16)
+    score = [fa.Bias(torch.zeros(1, 4, 64, 64, dtype=torch.bfloat16))]
+    return dataclasses.replace(functional.problem(q, q, q, None, score, None, None, 0.0, "tiled", None, None), param_grads=True)
+
+
 @needs_compiler
-@pytest.mark.parametrize("p", [everything, ones])
+@pytest.mark.parametrize("p", [everything, ones, bias_of_its_own, bias_of_all_entries])
 def test_is_read(p):
     """What a Triton cannot read of a kernel's Python it refuses before it optimises anything."""
     for recorded in offline.recorded(p(), "sm_80", 2):

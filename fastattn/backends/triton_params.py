@@ -40,7 +40,8 @@ class Beside(NamedTuple):
 
     def sums(self, n_b: int) -> tuple[Any, ...]:
         """The kernel's argument."""
-        return self.grad, self.partial, self.grad.stride(2), 0 if self.partial is None else n_b
+        own = (self.grad, self.grad.stride(2))
+        return own if self.partial is None else (*own, self.partial, n_b)
 
 
 def params_by_torch(p: Problem) -> str | None:
