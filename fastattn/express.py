@@ -20,6 +20,7 @@ from . import compat
 from .autograd import BWD
 from .backends import joint
 from .backends.fused import VECTOR
+from .backends.operands import is_far
 from .backends.regions import is_static
 from .masks import Bound, Causal, LoweredMask, Mask
 from .problem import IDENTITY, LOW, Problem, acc_dtype, rows_apart, with_param_grads
@@ -92,7 +93,7 @@ def attend_tensor(q: Any, k: Any, v: Any, mask: Any, scale: float | None, groupe
     mask = mask.view((1,) * (4 - len(shape)) + shape)
     if mask.dtype != torch.bool:
         acc = acc_dtype(q.dtype)
-        return _attend(q, k, v, mask.to(acc), False, scale) if mask.dtype in (q.dtype, acc) else None
+        return _attend(q, k, v, mask.to(acc), False, scale, numbers=True) if mask.dtype in (q.dtype, acc) else None
     if not joint.worthwhile(n_b, n_h, n_q, n_k) or (n_b * n_h * n_q * n_k > joint.CALL and mask.shape[0] == 1):
         return None
     return _attend_hidden(q, k, v, joint.hidden_by(mask, n_k), None, scale)
@@ -146,8 +147,13 @@ def _attend_hidden(
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float | None) -> Tensor | None:
-    """The output; None for a training call in half precision that is not tiny: whole copies of it would take memory."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float | None, numbers: bool = False
+) -> Tensor | None:  # fmt: skip
+    """The output; None for a training call in half precision that is not tiny: whole copies of it would take memory.
+
+    numbers: whether `added` may hold others than 0 and -inf.
+    """
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     if not _wants_gradients(q, k, v):
@@ -160,7 +166,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool,
         q, k, v = q.float(), k.float(), v.float()
     if not tiny:
         return compat.base_apply(_Attend, q, k, v, added, causal, scale)
-    out = _computed(q, k, v, added, causal, scale)[0]
+    out, lse = _computed(q, k, v, added, causal, scale)
+    if numbers and is_far(lse):  # torch's own node would go on from it
+        return compat.base_apply(_Attend, q, k, v, added, causal, scale).to(dtype)
     compat.watch_gradient(out, _again)
     return out if dtype == out.dtype else out.to(dtype)
 
@@ -237,7 +245,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, added, out, lse = ctx.saved_tensors
-        if _differentiated_again(do):
+        if _differentiated_again(do) or is_far(lse):
             return *_long_backward(do, out, lse, q, k, v, added, ctx.causal, ctx.scale), None, None, None
         if do.stride(3) != 1:
             do = do.contiguous()

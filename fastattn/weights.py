@@ -2,6 +2,8 @@
 
     w_ij = exp(s_ij - lse_i)      over visible keys; what is missing to 1 is the sink's share
 
+By the row's own maximum and sum, since lse rounds where all logits of a row are far from 0.
+
 A slice of rows against all keys at a time: O(rows x n_k) memory.
 """
 
@@ -17,7 +19,7 @@ from .backends.operands import dot_keys, safe_lse
 from .backends.tile import Tile
 from .coords import Coordinates
 from .dropout import keep_mask
-from .functional import MaskLike, ScoreLike, _run, problem
+from .functional import MaskLike, ScoreLike, problem
 from .masks import DensePredicate, LoweredMask
 from .problem import Problem
 from .scores import Additive, Pointwise
@@ -50,7 +52,7 @@ def attention_weights(
         reduce: None for the weights, "entropy" for -sum_j w log w of every row in nats, "key_sums" for the sum over `rows` of
             the weights of every key. The two summaries never hold more than a slice of the weights.
         mask, score, sinks, scale, coords: as in `attention`.
-        lse: (B, Hq, Lq) that `attention` returned for these arguments; computed for `rows` where it is None.
+        lse: (B, Hq, Lq) that `attention` returned, of these keys or of more: weights are exp(s - lse) then.
 
     Returns:
         (B, Hq, n_rows, Lk), (B, Hq, n_rows) or (B, Hq, Lk); float32, float64 for float64.
@@ -68,18 +70,16 @@ def attention_weights(
             raise ValueError(f"lse must have shape {(p.n_b, p.n_h, p.n_q)}, got {got}")
         lse = lse if index is None else lse.index_select(2, index)
     p = p if index is None else with_rows(p, index)
-    if lse is None:
-        lse = _run(p)[1]
     if reduce is None:
         return weights(p, lse)
     step = max(1, SLICE // max(1, p.n_b * p.n_h * p.n_k))
     parts = []
     for first in range(0, p.n_q, step):
         at = torch.arange(first, min(first + step, p.n_q), device=q.device)
-        w = weights(with_rows(p, at), lse[:, :, first : first + step])
+        w = weights(with_rows(p, at), None if lse is None else lse[:, :, first : first + step])
         parts.append(_entropy(w) if reduce == "entropy" else w.sum(2))
     if not parts:
-        return lse.clone() if reduce == "entropy" else lse.new_zeros(p.n_b, p.n_h, p.n_k)
+        return p.q.new_zeros(p.n_b, p.n_h, 0 if reduce == "entropy" else p.n_k, dtype=p.acc_dtype)
     return torch.cat(parts, 2) if reduce == "entropy" else torch.stack(parts).sum(0)
 
 
@@ -106,8 +106,31 @@ def _row_index(rows: Any, n_q: int, device: torch.device) -> Tensor | None:
     return rows.long()
 
 
-def weights(p: Problem, lse: Tensor) -> Tensor:
-    """exp(s - lse) of a problem, without dropout. # (B, Hq, n_q, n_k), accumulation dtype"""
+def weights(p: Problem, lse: Tensor | None = None) -> Tensor:
+    """The weights of a problem, without dropout, or exp(s - lse). # (B, Hq, n_q, n_k), accumulation dtype"""
+    if lse is None:
+        return shares(p)[..., : p.n_k]
+    s, seen = logits(p)
+    if seen is None:
+        return torch.exp(s - safe_lse(lse)[..., None])
+    return torch.where(seen, torch.exp(torch.where(seen, s, 0.0) - safe_lse(lse)[..., None]), 0.0)
+
+
+def shares(p: Problem) -> Tensor:
+    """The weights, and behind those of the keys the sink's share where there are sinks. # (B, Hq, n_q, n_k or n_k + 1)"""
+    s, seen = logits(p)
+    if seen is not None:
+        s = s.masked_fill(~seen, -torch.inf)
+    if p.sinks is not None:
+        s = torch.cat((s, p.sinks.to(s.dtype)[:, :, None, None].expand(*s.shape[:3], 1)), 3)
+    elif seen is None and not p.scores:
+        return torch.softmax(s, 3)
+    nothing = (s == -torch.inf).all(3, keepdim=True)
+    return torch.softmax(s.masked_fill(nothing, 0.0), 3).masked_fill(nothing, 0.0)
+
+
+def logits(p: Problem) -> tuple[Tensor, Tensor | None]:
+    """The logits (B, Hq, n_q, n_k) in the accumulation dtype, and which are `visible`; None for all."""
     tile = whole(p)
     s = p.scale * dot_keys(p.q.to(p.acc_dtype), p.k.to(p.acc_dtype))
     for score in p.scores:
@@ -117,10 +140,7 @@ def weights(p: Problem, lse: Tensor) -> Tensor:
             s = score.value(s)
         else:
             s = score.value(s, tile)  # type: ignore[attr-defined]
-    if p.mask.is_full:
-        return torch.exp(s - safe_lse(lse)[..., None])
-    seen = visible(p, tile)
-    return torch.where(seen, torch.exp(torch.where(seen, s, 0.0) - safe_lse(lse)[..., None]), 0.0)
+    return s, None if p.mask.is_full else visible(p, tile)
 
 
 def dropped(p: Problem, w: Tensor) -> Tensor:

@@ -209,6 +209,60 @@ def test_bf16_dq_where_keys_have_a_mean(drift, bar, score):
     assert errors(ours[1], exact[1])[1] <= bar
 
 
+FAR = -float(1 << 17)  # of which float32 still holds 64ths
+
+
+def far_call(n, dtype=torch.float32):
+    """q, k, v, a bias whose second row is far from 0, and sinks beside it; logits are exact in float32."""
+    make = lambda *shape: generator_ints(*shape).to(dtype).requires_grad_()
+    bias = torch.zeros(n, n)
+    bias[1] = FAR
+    sinks = torch.tensor([0.5, FAR])
+    return make(1, 2, n, 4), make(1, 2, n, 4), make(1, 2, n, 4), bias.requires_grad_(), sinks.requires_grad_()
+
+
+def generator_ints(*shape):
+    return torch.randint(-6, 7, shape, generator=torch.Generator().manual_seed(len(shape) + shape[2])) / 8
+
+
+FAR_CALLS = {
+    "as torch has it": lambda q, k, v, b, s: fa.scaled_dot_product_attention(q, k, v, b.detach(), scale=1.0),
+    "bias": lambda q, k, v, b, s: fa.attention(q, k, v, score=fa.Bias(b), scale=1.0),
+    "bias that is given": lambda q, k, v, b, s: fa.attention(q, k, v, score=fa.Bias(b.detach()), scale=1.0),
+    "causal": lambda q, k, v, b, s: fa.attention(q, k, v, mask=fa.Causal(), score=fa.Bias(b), scale=1.0),
+    "sinks": lambda q, k, v, b, s: fa.attention(q, k, v, score=fa.Bias(b), sinks=s, scale=1.0),
+    "batch invariant": lambda q, k, v, b, s: fa.attention(
+        q, k, v, score=fa.Bias(b), sinks=s, scale=1.0, deterministic="batch_invariant"
+    ),
+    "weights": lambda q, k, v, b, s: fa.attention_weights(q, k, score=fa.Bias(b), sinks=s, scale=1.0) @ v.to(b.dtype),
+    "entropy": lambda q, k, v, b, s: fa.attention_weights(q, k, score=fa.Bias(b), scale=1.0, reduce="entropy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [6, 140])
+@pytest.mark.parametrize("name", FAR_CALLS)
+def test_a_row_of_logits_far_from_0(name, n, dtype):
+    """lse has lost the log of the sum there, on which derivatives go on: float32 holds no 64ths beside 2^17 and a logarithm."""
+    attend = FAR_CALLS[name]
+    leaves = far_call(n, dtype)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    tangents = [generator_ints(*(1,) * (3 - x.dim()), *x.shape).view(x.shape).to(x.dtype) for x in leaves]
+
+    def derivatives(x):
+        out = attend(*x)
+        first = torch.autograd.grad(out.sin().sum(), x, create_graph=True, allow_unused=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), x, allow_unused=True)
+        forward = torch.func.jvp(attend, tuple(x), tuple(t.to(y.dtype) for t, y in zip(tangents, x)))[1]
+        return out, *first, *second, forward
+
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for found, truth in zip(derivatives(leaves), derivatives(wide), strict=True):
+        assert (found is None) == (truth is None)
+        if found is not None:
+            assert_close(found.double(), truth, rtol=tolerance, atol=tolerance * truth.abs().max().item())
+
+
 def test_explain_runs_nothing_and_tells():
     q, k, v = make(5, 5, 5)
     state = torch.get_rng_state()

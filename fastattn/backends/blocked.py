@@ -26,11 +26,14 @@ from ..dropout import keep_mask
 from ..problem import LOW, Grads, Problem, empty_like_layout, empty_rows
 from ..scores import Additive, General, Pointwise
 from .operands import (
+    RowNorm,
     add_keys,
     dot_columns,
     dot_keys,
     dot_rows,
     exact_out,
+    far_rows,
+    is_far,
     k_part,
     q_part,
     row_dot,
@@ -148,17 +151,35 @@ def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     w = widened(p)
     shape = (p.n_b, p.n_h, p.n_q, p.v_dim)
     out = empty_like_layout(p.q, shape, p.acc_dtype).zero_()
-    if p.sinks is None:
-        lse = torch.full(shape[:3], -torch.inf, dtype=p.acc_dtype, device=p.q.device)
-    else:
-        lse = p.sinks.to(p.acc_dtype)[:, :, None].expand(shape[:3]).clone(memory_format=torch.contiguous_format)
+    lse = _sink_logits(p)
     for chunk in chunks(p):
         k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
         lse_chunk = q_part(lse, chunk)
-        o, row_lse = _softmax_rows(p, chunk, q_part(w.q, chunk), k, v, lse_chunk)
-        q_part(out, chunk).copy_(o)
-        lse_chunk.copy_(row_lse)
+        acc, row_max, row_sum = _softmax_rows(p, chunk, q_part(w.q, chunk), k, v, lse_chunk)
+        empty = row_max == -torch.inf
+        q_part(out, chunk).copy_(acc / row_sum.masked_fill(empty, 1.0)[..., None])
+        lse_chunk.copy_(torch.where(empty, row_max, row_max + torch.log(row_sum)))
     return split_out(p, out, lse, train)
+
+
+def _sink_logits(p: Problem) -> Tensor:
+    """The sink's logit of every row, -inf without sinks. (B, H, L)"""
+    shape = (p.n_b, p.n_h, p.n_q)
+    if p.sinks is None:
+        return torch.full(shape, -torch.inf, dtype=p.acc_dtype, device=p.q.device)
+    return p.sinks.to(p.acc_dtype)[:, :, None].expand(shape).clone(memory_format=torch.contiguous_format)
+
+
+def row_norm(p: Problem, lse: Tensor) -> RowNorm:
+    """What makes weights of p's logits. Where lse `is_far`, and so has lost digits of log(sum), another pass finds these."""
+    if not is_far(lse):
+        return RowNorm(safe_lse(lse))
+    w, share, start = widened(p), torch.ones_like(lse), _sink_logits(p)
+    for chunk in chunks(p):
+        k, v, own = k_part(p, w.k, chunk), k_part(p, w.v, chunk)[..., :0], q_part(lse, chunk)
+        _, row_max, row_sum = _softmax_rows(p, chunk, q_part(w.q, chunk), k, v, q_part(start, chunk))
+        q_part(share, chunk).copy_(torch.where(far_rows(own), torch.exp(own - row_max) / row_sum, 1.0))
+    return RowNorm(safe_lse(lse), share)
 
 
 def split_out(p: Problem, out: Tensor, lse: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +191,8 @@ def split_out(p: Problem, out: Tensor, lse: Tensor, train: bool) -> tuple[Tensor
 
 
 def _softmax_rows(p: Problem, chunk: Region, q: Tensor, k: Tensor, v: Tensor, start_lse: Tensor):
-    """Online softmax over the keys of a chunk of rows; `start_lse` is the sink's logit, or -inf."""
+    """Online softmax over the keys of a chunk of rows: (sum of exp(s - max) v, max, sum of exp(s - max)); `start_lse` is the
+    sink's logit, or -inf."""
     row_max = start_lse.clone()  # [B, H, rows]
     row_sum = (start_lse != -torch.inf).to(q.dtype)
     acc = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -189,9 +211,7 @@ def _softmax_rows(p: Problem, chunk: Region, q: Tensor, k: Tensor, v: Tensor, st
         acc = acc * alpha[..., None] + dot_rows(weights, v.narrow(2, done, n))
         row_max = new_max
         done += n
-    empty = row_max == -torch.inf
-    out = acc / row_sum.masked_fill(empty, 1.0)[..., None]
-    return out, torch.where(empty, row_max, row_max + torch.log(row_sum))
+    return acc, row_max, row_sum
 
 
 class _Rows(NamedTuple):
@@ -199,7 +219,7 @@ class _Rows(NamedTuple):
 
     q: Tensor
     do: Tensor | None
-    lse: Tensor  # +inf where a row sees nothing
+    norm: RowNorm
     delta: Tensor
 
 
@@ -218,9 +238,9 @@ def rounded(p: Problem, dq: Tensor, dk: Tensor, dv: Tensor, dparams: list[Tensor
     )  # fmt: skip
 
 
-def sink_gradient(p: Problem, lse: Tensor, delta: Tensor) -> Tensor | None:
+def sink_gradient(p: Problem, norm: RowNorm, delta: Tensor) -> Tensor | None:
     """dsink = -sum over rows of pi * delta."""
-    return None if p.sinks is None else sum_rows_like(-sink_weight(p, lse) * delta, p.sinks)
+    return None if p.sinks is None else sum_rows_like(-sink_weight(p, *norm) * delta, p.sinks)
 
 
 def row_delta(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, out_lo: Tensor, lse: Tensor) -> Tensor:
@@ -237,14 +257,14 @@ def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, ls
     delta = row_delta(p, do, dlse, out, out_lo, lse)
     dq, dk, dv, dparams = key_totals(p)
     wanted = dparams if p.param_grads else None
-    lse_safe = safe_lse(lse)
+    norm = row_norm(p, lse)
     for chunk in chunks(p):
         k, v = k_part(p, w.k, chunk), k_part(p, w.v, chunk)
         stats = _Rows(
-            q_part(w.q, chunk), None if do is None else q_part(do, chunk), q_part(lse_safe, chunk), q_part(delta, chunk)
+            q_part(w.q, chunk), None if do is None else q_part(do, chunk), norm.part(chunk), q_part(delta, chunk)
         )
         q_part(dq, chunk).copy_(_backward_rows(p, chunk, stats, k, v, dk, dv, wanted))
-    return rounded(p, dq, dk, dv, dparams, sink_gradient(p, lse, delta))
+    return rounded(p, dq, dk, dv, dparams, sink_gradient(p, norm, delta))
 
 
 def _backward_rows(p: Problem, chunk: Region, r: _Rows, k_all, v_all, dk, dv, dparams) -> Tensor:
@@ -257,7 +277,7 @@ def _backward_rows(p: Problem, chunk: Region, r: _Rows, k_all, v_all, dk, dv, dp
         k, v = k_all.narrow(2, done, n), v_all.narrow(2, done, n)
         done += n
         s, before = apply_chain(p, dot_keys(q, k), part.tile)
-        weights = torch.exp(hide(s, part.hidden) - r.lse[..., None])
+        weights = r.norm.weights(hide(s, part.hidden))
         z = dropout_factor(p, part.tile)
         if r.do is not None:
             add_keys(p, dv, part.region, dot_columns(times(weights, z), r.do, n_kv))

@@ -221,7 +221,7 @@ def backward(p: Problem, do: Tensor, out: Tensor, lse: Tensor, out_lo: Tensor) -
                 total.copy_(part[..., : total.shape[3]])
     dsinks = None
     if p.sinks is not None:
-        dsinks = blocked.sink_gradient(p, lse, blocked.row_delta(p, do, None, out, out_lo, lse))
+        dsinks = blocked.sink_gradient(p, blocked.RowNorm(lse), blocked.row_delta(p, do, None, out, out_lo, lse))
     return Grads(_finish(dq, p.q), _finish(dk, p.k), _finish(dv, p.v), [], dsinks)
 
 

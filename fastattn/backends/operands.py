@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..problem import Problem
 from .regions import Region
 from .tile import select
+
+FAR = 256.0  # |lse| from which weights are off by more than 2^-16 in float32
 
 
 def kv_heads(p: Problem, h: slice) -> slice:
@@ -77,10 +81,39 @@ def safe_lse(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-def sink_weight(p: Problem, lse: Tensor) -> Tensor:
-    """pi_i = exp(sink - lse_i): the share of the sink in every row's softmax. (B, H, L)"""
+def is_far(lse: Tensor) -> bool:
+    """Whether some row's logits are so far from 0 that what lse rounds off shows in exp(s - lse). Told on the CPU alone, since
+    elsewhere the answer would wait for the device."""
+    return lse.is_cpu and bool(far_rows(lse).any())
+
+
+def far_rows(lse: Tensor) -> Tensor:
+    """Which rows' are. # bool (B, H, L)"""
+    size = lse.abs()
+    return (size > FAR) & (size < torch.inf)
+
+
+class RowNorm(NamedTuple):
+    """What makes weights of a row's logits: w = exp(s - lse) share."""
+
+    lse: Tensor  # (B, H, L); +inf where a row sees nothing
+    share: Tensor | None = None  # (B, H, L); None for 1
+
+    def part(self, region: Region) -> RowNorm:
+        """That of a region's rows."""
+        return RowNorm(q_part(self.lse, region), None if self.share is None else q_part(self.share, region))
+
+    def weights(self, s: Tensor) -> Tensor:
+        """Of logits s (B, H, L, n)."""
+        w = torch.exp(s - self.lse[..., None])
+        return w if self.share is None else w * self.share[..., None]
+
+
+def sink_weight(p: Problem, lse: Tensor, share: Tensor | None = None) -> Tensor:
+    """pi_i = exp(sink - lse_i): the share of the sink in every row's softmax, `share` as in `RowNorm`. (B, H, L)"""
     assert p.sinks is not None
-    return torch.exp(p.sinks.to(lse.dtype)[:, :, None] - safe_lse(lse))
+    weight = torch.exp(p.sinks.to(lse.dtype)[:, :, None] - safe_lse(lse))
+    return weight if share is None else weight * share
 
 
 def sum_rows_like(x: Tensor, sinks: Tensor) -> Tensor:

@@ -196,5 +196,6 @@ class ByPieces:
         dparams = [x.to(like.dtype) for x, like in zip(params, p.params, strict=True)] if p.param_grads else []
         dsinks = None
         if p.sinks is not None:
-            dsinks = blocked.sink_gradient(p, lse, blocked.row_delta(p, do, dlse, out, out_lo, lse))
+            norm = blocked.row_norm(dataclasses.replace(p, invariant=False), lse)
+            dsinks = blocked.sink_gradient(p, norm, blocked.row_delta(p, do, dlse, out, out_lo, lse))
         return Grads(dq, dk, dv, dparams, dsinks)

@@ -12,8 +12,21 @@ from torch import Tensor
 
 from ..problem import Grads, Problem, Tangents, ThreeTangents, empty_like_layout
 from ..scores import Additive, Pointwise, Score
-from .blocked import apply_chain, chunks, dropout_factor, hide, key_totals, rounded, row_delta, tiles, times, widened
+from .blocked import (
+    apply_chain,
+    chunks,
+    dropout_factor,
+    hide,
+    key_totals,
+    rounded,
+    row_delta,
+    row_norm,
+    tiles,
+    times,
+    widened,
+)
 from .operands import (
+    RowNorm,
     add_keys,
     dot_columns,
     dot_keys,
@@ -22,7 +35,6 @@ from .operands import (
     k_part,
     q_part,
     row_dot,
-    safe_lse,
     sink_weight,
     sum_rows_like,
 )
@@ -130,13 +142,13 @@ def forward_jvp(p: Problem, t: Tangents, out: Tensor, lse: Tensor, out_lo: Tenso
     o = exact_out(out, out_lo, p.acc_dtype)
     tout = empty_like_layout(p.q, tuple(out.shape), p.acc_dtype).zero_()
     tlse = torch.zeros_like(lse)
+    norm = row_norm(p, lse)
     if p.sinks is not None and t.sinks is not None:
-        tlse += sink_weight(p, lse) * t.sinks.to(lse.dtype)[:, :, None]
-    lse_safe = safe_lse(lse)
+        tlse += sink_weight(p, *norm) * t.sinks.to(lse.dtype)[:, :, None]
     for chunk in chunks(p):
         kv = _Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, wt.k, wt.v))
         tq = None if wt.q is None else q_part(wt.q, chunk)
-        acc, mu = _jvp_rows(p, chunk, q_part(w.q, chunk), tq, q_part(lse_safe, chunk), kv, t)
+        acc, mu = _jvp_rows(p, chunk, q_part(w.q, chunk), tq, norm.part(chunk), kv, t)
         q_part(tlse, chunk).add_(mu)
         q_part(tout, chunk).copy_(acc)
     tout -= tlse[..., None] * o
@@ -155,16 +167,16 @@ def forward_jvp2(p: Problem, t: ThreeTangents, out, lse, out_lo, tlse_one, tlse_
     tout = empty_like_layout(p.q, tuple(out.shape), p.acc_dtype).zero_()
     tlse = torch.zeros_like(lse)
     one, two = (torch.zeros_like(lse) if x is None else x for x in (tlse_one, tlse_two))
+    norm = row_norm(p, lse)
     if p.sinks is not None:
         d_one, d_two, d_both = (None if x.sinks is None else x.sinks.to(lse.dtype)[:, :, None] for x in t)
         change = _sum(d_both, None if d_one is None else d_one * (-two if d_two is None else d_two - two))
         if change is not None:
-            tlse += sink_weight(p, lse) * change
-    lse_safe = safe_lse(lse)
+            tlse += sink_weight(p, *norm) * change
     for chunk in chunks(p):
         kv = [_Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, x.k, x.v)) for x in wide]
         tq = _Three(*(None if x.q is None else q_part(x.q, chunk) * p.scale for x in wide))
-        rows = [q_part(x, chunk) for x in (lse_safe, one, two)]
+        rows = (norm.part(chunk), q_part(one, chunk), q_part(two, chunk))
         acc, mu = _mixed_rows(p, chunk, q_part(w.q, chunk) * p.scale, tq, rows, kv, t)
         q_part(tlse, chunk).add_(mu)
         q_part(tout, chunk).copy_(acc)
@@ -174,9 +186,9 @@ def forward_jvp2(p: Problem, t: ThreeTangents, out, lse, out_lo, tlse_one, tlse_
 
 def _mixed_rows(p: Problem, chunk: Region, q, tq: _Three, rows, kv, t: ThreeTangents) -> tuple[Tensor, Tensor]:
     """sum Z P ((U1 U2 + A12) v + U1 v2 + U2 v1 + v12) and sum P (U2 A1 + A12) over the keys of a chunk of rows."""
-    lse, tlse_one, tlse_two = rows
+    norm, tlse_one, tlse_two = rows
     acc = q.new_zeros(*q.shape[:3], p.v_dim)
-    mu = torch.zeros_like(lse)
+    mu = torch.zeros_like(tlse_one)
     done = 0
     for part in tiles(p, chunk):
         n = part.region.n_keys
@@ -186,7 +198,7 @@ def _mixed_rows(p: Problem, chunk: Region, q, tq: _Three, rows, kv, t: ThreeTang
         mixed = _sum(_score_tangent(q, tq.both, k, k12), _cross(tq.one, k2), _cross(tq.two, k1))
         front = _Three(_score_tangent(q, tq.one, k, k1), _score_tangent(q, tq.two, k, k2), mixed)
         a1, a2, a12 = chain_mixed(p, front, before, part.tile, t)
-        weights = torch.exp(hide(s, part.hidden) - lse[..., None])
+        weights = norm.weights(hide(s, part.hidden))
         z = dropout_factor(p, part.tile)
         u1, u2 = (-x[..., None] if a is None else a - x[..., None] for a, x in ((a1, tlse_one), (a2, tlse_two)))
         curvature = u1 * u2 if a12 is None else u1 * u2 + a12
@@ -234,12 +246,12 @@ def _maybe_keys(p: Problem, chunk: Region, *tensors: Tensor | None) -> list[Tens
     return [None if x is None else k_part(p, x, chunk) for x in tensors]
 
 
-def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv: _Keys, t: Tangents) -> tuple[Tensor, Tensor]:
+def _jvp_rows(p: Problem, chunk: Region, q, tq, norm: RowNorm, kv: _Keys, t: Tangents) -> tuple[Tensor, Tensor]:
     """sum (Z P A.) V + (Z P) V. and sum P A. over the keys of a chunk of rows."""
     q = q * p.scale
     tq = None if tq is None else tq * p.scale
     acc = q.new_zeros(*q.shape[:3], p.v_dim)
-    mu = torch.zeros_like(lse)
+    mu = torch.zeros_like(norm.lse)
     done = 0
     for part in tiles(p, chunk):
         n = part.region.n_keys
@@ -247,7 +259,7 @@ def _jvp_rows(p: Problem, chunk: Region, q, tq, lse, kv: _Keys, t: Tangents) -> 
         done += n
         s, before = apply_chain(p, dot_keys(q, k), part.tile)
         ds = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)[-1]
-        weights = torch.exp(hide(s, part.hidden) - lse[..., None])
+        weights = norm.weights(hide(s, part.hidden))
         z = dropout_factor(p, part.tile)
         if ds is not None:
             change = weights * ds
@@ -265,7 +277,7 @@ class _TangentRows(NamedTuple):
     tq: Tensor | None
     do: Tensor | None
     tdo: Tensor | None
-    lse: Tensor
+    norm: RowNorm
     tlse: Tensor
     delta: Tensor
     tdelta: Tensor
@@ -285,17 +297,17 @@ def backward_jvp(p: Problem, t: Tangents, do, dlse, tdo, tdlse, out, lse, out_lo
     tlse = torch.zeros_like(lse) if tlse is None else tlse
     dq, dk, dv, dparams = key_totals(p)
     wanted = dparams if p.param_grads else None
-    lse_safe = safe_lse(lse)
+    norm = row_norm(p, lse)
     for chunk in chunks(p):
         kv = _Keys(k_part(p, w.k, chunk), k_part(p, w.v, chunk), *_maybe_keys(p, chunk, wt.k, wt.v))
         tq_part, do_part, tdo_part = (None if x is None else q_part(x, chunk) for x in (wt.q, do, tdo))
-        row_stats = (q_part(x, chunk) for x in (lse_safe, tlse, delta, tdelta))
-        stats = _TangentRows(q_part(w.q, chunk), tq_part, do_part, tdo_part, *row_stats)
+        row_stats = (q_part(x, chunk) for x in (tlse, delta, tdelta))
+        stats = _TangentRows(q_part(w.q, chunk), tq_part, do_part, tdo_part, norm.part(chunk), *row_stats)
         q_part(dq, chunk).copy_(_backward_jvp_rows(p, chunk, stats, kv, dk, dv, wanted, t))
     dsinks = None
     if p.sinks is not None:
         direction = -tlse if t.sinks is None else t.sinks.to(lse.dtype)[:, :, None] - tlse
-        dsinks = sum_rows_like(-sink_weight(p, lse) * (direction * delta + tdelta), p.sinks)
+        dsinks = sum_rows_like(-sink_weight(p, *norm) * (direction * delta + tdelta), p.sinks)
     return rounded(p, dq, dk, dv, dparams, dsinks)
 
 
@@ -311,7 +323,7 @@ def _backward_jvp_rows(p: Problem, chunk: Region, r: _TangentRows, kv: _Keys, dk
         done += n
         s, before = apply_chain(p, dot_keys(q, k), part.tile)
         tangents = chain_tangent(p, _score_tangent(q, tq, k, tk), before, part.tile, t)
-        weights = torch.exp(hide(s, part.hidden) - r.lse[..., None])
+        weights = r.norm.weights(hide(s, part.hidden))
         z = dropout_factor(p, part.tile)
         u = -r.tlse[..., None] if tangents[-1] is None else tangents[-1] - r.tlse[..., None]  # dP = P u
         centred = -r.delta[..., None] if r.do is None else times(dot_keys(r.do, v), z) - r.delta[..., None]

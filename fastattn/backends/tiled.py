@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..problem import Grads, Problem
 from . import blocked, fused
+from .operands import is_far
 from .tangents import backward_jvp, forward_jvp, forward_jvp2
 
 __all__ = ["backward", "backward_jvp", "forward", "forward_jvp", "forward_jvp2", "kernel", "supports"]
@@ -27,10 +28,14 @@ def kernel(p: Problem) -> tuple[str, str | None]:
 
 
 def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return blocked.forward(p, train) if fused.refuses(p) else fused.forward(p, train)
+    if not fused.refuses(p):
+        found = fused.forward(p, train)
+        if p.sinks is None or not is_far(found[1]):  # sinks join by lse there
+            return found
+    return blocked.forward(p, train)
 
 
 def backward(p: Problem, do: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, out_lo: Tensor) -> Grads:
-    if do is None or fused.refuses(p, backward=True, dlse=dlse is not None):
+    if do is None or fused.refuses(p, backward=True, dlse=dlse is not None) or is_far(lse):
         return blocked.backward(p, do, dlse, out, lse, out_lo)
     return fused.backward(p, do, out, lse, out_lo)

@@ -88,7 +88,7 @@ def flash_attn_func(
         return attention(q, k, v, **arguments).transpose(1, 2)
     p = problem(q, k, v, sinks=None, backend=None, **arguments)
     out, lse = _run(p)
-    return out.transpose(1, 2), lse, signed_weights(p, lse)
+    return out.transpose(1, 2), lse, signed_weights(p)
 
 
 def flash_attn_qkvpacked_func(
@@ -186,7 +186,7 @@ def flash_attn_varlen_func(
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     p = problem(q, k, v, sinks=None, backend=None, coords=coords, **arguments)
     out, lse = _run(p)
-    w = _by_sequence(signed_weights(p, lse)[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    w = _by_sequence(signed_weights(p)[0], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return out[0].transpose(0, 1), lse[0], w
 
 
@@ -285,9 +285,9 @@ def check_packed(rank: int, parts: int, **tensors: Any) -> None:
             raise ValueError(f"{name} must have {parts} entries in dimension {rank - 3}, got shape {tuple(x.shape)}")
 
 
-def signed_weights(p: Problem, lse: Tensor) -> Tensor:
+def signed_weights(p: Problem) -> Tensor:
     """Weights before dropout, negative where they are dropped. # (B, Hq, Lq, Lk) in q's dtype"""
-    w = weights(p, lse)
+    w = weights(p)
     return torch.where(dropped(p, torch.ones_like(w)) > 0, w, -w).to(p.q.dtype)
 
 

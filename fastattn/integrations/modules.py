@@ -40,8 +40,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """`fastattn.attention` and, if wanted, its weights (B, Hq, Lq, Lk) under the same dropout, in q's dtype."""
     p = problem(q, k, v, mask, score, sinks, scale, dropout_p, None, None, None)
-    out, lse = _run(p)
-    return out, dropped(p, weights(p, lse)).to(q.dtype) if wanted else None
+    out, _ = _run(p)
+    return out, dropped(p, weights(p)).to(q.dtype) if wanted else None
 
 
 def dropout_of(module: Any) -> float:

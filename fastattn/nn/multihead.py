@@ -15,7 +15,7 @@ from ..functional import _run, autocasting, problem
 from ..masks import Mask
 from ..problem import Problem
 from ..scores import Score
-from ..weights import dropped, weights
+from ..weights import dropped, shares
 from .errors import RANK_OF_QUERY, ArgumentError
 from .ragged import ragged_forward
 from .torch_masks import check_dtype, converted
@@ -130,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.bias_k is not None and self.bias_v is not None:
             added = (self.heads(x).expand(n_b, -1, -1, -1).to(q.dtype) for x in (self.bias_k, self.bias_v))
             k, v = (torch.cat((x, last), 2) for x, last in zip((k, v), added))
-        p, out, lse = self.attended(q, k, v, mask, scores)
+        p, out = self.attended(q, k, v, mask, scores)
         out = out.transpose(1, 2).flatten(2)  # (N, L, E)
         if not batched:
             out = out[0]
@@ -138,28 +138,29 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = out.transpose(0, 1)
         w = None
         if need_weights:
-            w = self.shown(p, lse, average_attn_weights).to(query.dtype)
+            w = self.shown(p, average_attn_weights).to(query.dtype)
             w = w if batched else w[0]
         return self.out_proj(out), w
 
     def attended(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scores: tuple[Score, ...] = ()
-    ) -> tuple[Problem, Tensor, Tensor]:  # fmt: skip
-        """(problem, output (N, H, L, D), lse (N, H, L)) of projected and split q, k, v."""
+    ) -> tuple[Problem, Tensor]:  # fmt: skip
+        """(problem, output (N, H, L, D)) of projected and split q, k, v."""
         # a key of zeros has the logit 0 and the value 0: a sink
         sinks = q.new_zeros(self.num_heads) if self.add_zero_attn else None
         dropout_p = self.dropout if self.training else 0.0
         p = problem(q, k, v, mask, scores, sinks, None, dropout_p if dropout_p < 1.0 else 0.0, None, None, None)
-        out, lse = _run(p)
-        return p, out if dropout_p < 1.0 else out * 0.0, lse
+        out, _ = _run(p)
+        return p, out if dropout_p < 1.0 else out * 0.0
 
-    def shown(self, p: Problem, lse: Tensor, average: bool) -> Tensor:
+    def shown(self, p: Problem, average: bool) -> Tensor:
         """The weights of a problem after dropout, that of zeros behind those of the keys: (N, H, L, S), averaged (N, L, S)."""
-        w = dropped(p, weights(p, lse))
+        w = shares(p)
+        w, zero = dropped(p, w[..., : p.n_k]), w[..., p.n_k :]
         if self.training and self.dropout >= 1.0:
             w = w * 0.0
         if p.sinks is not None:  # its value is zero: dropping it would change nothing
-            w = torch.cat((w, torch.exp(p.sinks.to(lse.dtype)[..., None] - lse)[..., None]), 3)
+            w = torch.cat((w, zero), 3)
         return w.mean(1) if average else w
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int | None) -> list[Tensor]:

@@ -49,12 +49,13 @@ def ragged_forward(
         document = torch.searchsorted(cu_q[1:].contiguous(), torch.arange(q.shape[2], device=cu_q.device), right=True)
         stop = cu_k[1:][document]
         mask = mask | Spans(stop - 1, stop)
-    p, out, lse = module.attended(q, k, v, mask)
+    p, out = module.attended(q, k, v, mask)
     result = _nested_like(query, module.out_proj(out[0].transpose(0, 1).flatten(1)), of_q.offsets)
     if not need_weights:
         return result, None
-    padded, lse = _padded(p, lse, cu_q, cu_k, is_causal, extra)
-    return result, module.shown(padded, lse, average).to(query.dtype)
+    padded, beyond = _padded(p, cu_q, cu_k, is_causal, extra)
+    weights = module.shown(padded, average).to(query.dtype)
+    return result, weights.masked_fill(beyond[:, :, None] if average else beyond[:, None, :, None], 0.0)
 
 
 def _packed(name: str, x: Tensor, features: int) -> Packed:
@@ -112,9 +113,9 @@ def _nested_like(x: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
     return torch.nested.as_nested_tensor(list(rows.split(offsets.diff().tolist())))
 
 
-def _padded(p: Problem, lse: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool, extra: int) -> tuple[Problem, Tensor]:
-    """(problem, lse) of the sequences of a packed problem side by side, for their weights; coordinates, and with them
-    the bits of dropout, stay those of the packed rows."""
+def _padded(p: Problem, cu_q: Tensor, cu_k: Tensor, is_causal: bool, extra: int) -> tuple[Problem, Tensor]:
+    """The problem of the sequences of a packed problem side by side, for their weights, and which of its rows (N, L) are
+    beyond their sequences; coordinates, and with them the bits of dropout, stay those of the packed rows."""
     rows, n_q = _places(cu_q)
     keys, n_k = _places(cu_k)
     q, k = (x[0][:, at].transpose(0, 1) for x, at in ((p.q, rows), (p.k, keys)))  # (N, H, L, D)
@@ -127,10 +128,9 @@ def _padded(p: Problem, lse: Tensor, cu_q: Tensor, cu_k: Tensor, is_causal: bool
             seen = seen | Spans(stop - 1, stop)
         mask = mask & seen
     beyond = torch.arange(n_q, device=rows.device) >= lens_q[:, None]  # (N, L)
-    lse = lse[0][:, rows].transpose(0, 1).masked_fill(beyond[:, None], torch.inf)
     coords = Coordinates(torch.zeros_like(cu_q[1:, None]), 0, rows, keys)
     changes: dict[str, Any] = dict(q=q, k=k, v=k, mask=mask.lower(n_q, n_k, q.device), coords=coords)
-    return dataclasses.replace(p, **changes), lse
+    return dataclasses.replace(p, **changes), beyond
 
 
 def _places(offsets: Tensor) -> tuple[Tensor, int]:
