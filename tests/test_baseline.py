@@ -41,7 +41,7 @@ def test_a_changed_key_compiles_and_is_held_against_the_entry(tmp_path, monkeypa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     name, launch = next((n, x) for n, x in baseline.launches("sm_80", 64) if n.endswith("row_delta"))
     monkeypatch.setattr(baseline, "launches", lambda arch, dim: iter([(name, launch)]))
-    entry = baseline.read()[name]
+    entry = {**baseline.read()[name], "key": baseline.key(launch, "sm_80")}  # of the Triton at hand
     monkeypatch.setattr(baseline, "read", lambda: {name: entry})
     assert baseline.regressions("sm_80", 64) == ([], 0)
     monkeypatch.setattr(baseline, "read", lambda: {name: {**entry, "key": "", "products": 1}})

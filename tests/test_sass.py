@@ -279,6 +279,7 @@ def test_rows_come_once_and_an_error_is_a_row(monkeypatch):
         return Inspection(Report(name, 4, 2, 255, 0, 0, 0, 1), 1.0, [], [])
 
     monkeypatch.setattr(offline, "inspect", inspect)
+    monkeypatch.setattr(survey, "_known", baseline.read)  # whichever Triton is at hand
     unit = survey.Unit("sm_90", 64, torch.bfloat16, False)
     found = list(survey.survey([unit]))
     assert sum(row.kernel == "row_delta" for row in found) == 1
