@@ -36,12 +36,12 @@ class Change:
     after: float
     factor: float
     apart: bool
-    noise: float
+    noise: float | None
 
     @property
     def verdict(self) -> str:
         """slower, faster, or nothing that the runs can tell."""
-        if not self.apart or abs(math.log(self.factor)) <= max(math.log1p(LEAST), NOISES * self.noise):
+        if not self.apart or abs(math.log(self.factor)) <= max(math.log1p(LEAST), NOISES * (self.noise or 0.0)):
             return "same"
         return "slower" if self.factor > 1 else "faster"
 
@@ -84,7 +84,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     return [_change(" ".join(key), first[key], second[key], noise) for key in shared]
 
 
-def _change(name: str, a: Row, b: Row, noise: float) -> Change:
+def _change(name: str, a: Row, b: Row, noise: float | None) -> Change:
     before, after = (row.times[OURS.name].median for row in (a, b))
     factors, apart = [], True
     for peer in _peers(a, b):
@@ -103,10 +103,11 @@ def _peers(a: Row, b: Row) -> list[str]:
     return [name for name in a.times if name != OURS.name and name in b.times]
 
 
-def _noise(pairs: Sequence[tuple[Row, Row]]) -> float:
-    """The usual size of the change of one peer's time against another's, as a logarithm; a normal law's deviation."""
+def _noise(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+    """The usual size of the change of one peer's time against another's, as a logarithm; a normal law's deviation. None where
+    there are no two peers."""
     changes = [abs(change) for a, b in pairs for change in _peer_changes(a, b)]
-    return statistics.median(changes) / 0.6745 if changes else 0.0
+    return statistics.median(changes) / 0.6745 if changes else None
 
 
 def _peer_changes(a: Row, b: Row) -> Iterator[float]:
@@ -124,7 +125,7 @@ def text(changes: Sequence[Change]) -> str:
     ]
     shown = [table.markdown(["cell", "before ms", "after ms", "time, against the same peers", ""], lines)] if lines else []
     same = len(changes) - len(moved)
-    moved_by = f"the peers' own times moved by {changes[0].noise:.1%} against each other"
-    noise = moved_by if changes[0].noise else "no peer to judge by"
+    size = changes[0].noise
+    noise = "no peer to judge by" if size is None else f"the peers' own times moved by {size:.1%} against each other"
     shown.append(f"{same} of {len(changes)} cells show no change that these runs can tell ({noise}).")
     return "\n\n".join(shown)

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def check(page: Path, names: Iterable[str]) -> None:
+    """Raise what `insert` would raise for sections of these names."""
+    text = page.read_text()
+    if not any(f"<!-- bench:{name} -->" in text for name in names):
+        marks = ", ".join(f"<!-- bench:{name} -->" for name in names)
+        raise ValueError(f"{page} has none of the marks {marks}")
 
 
 def insert(page: Path, sections: dict[str, str], caption: str) -> list[str]:
@@ -19,7 +28,6 @@ def insert(page: Path, sections: dict[str, str], caption: str) -> list[str]:
         text, count = pattern.subn(rf"\g<1>{written}\g<2>", text)
         done += [name] * bool(count)
     if not done:
-        marks = ", ".join(f"<!-- bench:{name} -->" for name in sections)
-        raise ValueError(f"{page} has none of the marks {marks}")
+        check(page, sections)
     page.write_text(text)
     return done

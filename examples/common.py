@@ -109,10 +109,16 @@ def need(module, package):  # import a module that fastattn itself does without
     return importlib.import_module(module)
 
 
-def command(main):
-    """Run main(steps=...) from the command line."""
+def _count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def command(main, steps="training steps"):
+    """Run main(steps=...) from the command line. steps: what they are."""
     parser = argparse.ArgumentParser(description=sys.modules[main.__module__].__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=main.__defaults__[0], help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=_count, default=main.__defaults__[0], help=f"{steps} (%(default)s)")
     try:
         main(parser.parse_args().steps)
     except Missing as missing:

@@ -112,4 +112,4 @@ def main(steps=16):
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "texts")

@@ -116,4 +116,4 @@ def main(steps=60):
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "words to write at most")

@@ -10,10 +10,10 @@
 
 from pathlib import Path as _Path
 
-if not (_Path(__file__).parent / "kernels").exists():
+if missing := [name for name in ("kernels", "bench") if not (_Path(__file__).parent / name).is_dir()]:
     raise ImportError(
-        "fastattn/kernels does not resolve: it is a symlink to ../kernels, which some archives and file systems drop. "
-        "Check the repository out with git (on Windows with core.symlinks=true) or install the wheel."
+        f"fastattn/{missing[0]} does not resolve: it is a symlink to ../{missing[0]}, which some archives and file systems "
+        "drop. Check the repository out with git (on Windows with core.symlinks=true) or install the wheel."
     )
 
 from . import batching as _batching  # noqa: F401  (registers the vmap rules)

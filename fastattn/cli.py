@@ -30,12 +30,17 @@ DTYPES = {str(t)[6:]: t for t in functional.DTYPES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 where the arguments do not fit."""
+    """Run a command; returns the exit status: 0, or 2 where the arguments do not fit or a file cannot be had."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except (ValueError, TypeError, NotImplementedError) as error:
         print(f"fastattn {options.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fastattn {options.command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
 
 
@@ -81,6 +86,7 @@ def explain(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """Run benchmark suites and write their results."""
     from .bench import compare, revisions, suite
+    from .bench import report as bench_report
     from .bench.sweeps import SWEEPS
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -88,7 +94,7 @@ def bench(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.profile:
         return _profile(options, device)
-    suites = tuple(dict.fromkeys(options.suites)) or (("models",) if options.base else suite.DEFAULT)
+    suites = tuple(dict.fromkeys(options.suites)) or (("models",) if options.base or options.only else suite.DEFAULT)
     if "all" in suites:
         suites = tuple(name for name in SUITES if name in SWEEPS or not options.base)
     if options.list:
@@ -109,8 +115,13 @@ def bench(options: argparse.Namespace) -> int:
         device=device,
     )
     if options.base is not None:
+        if options.into is not None:
+            raise ValueError("--into must be left out with --base, which compares and writes nothing")
         print(compare.text(compare.compare(*revisions.against(options.base, chosen))))
         return 0
+    if options.into is not None:
+        bench_report.check(options.into, suites)
+    options.out.mkdir(parents=True, exist_ok=True)  # now: what was measured is to be kept
     results = suite.run(chosen)
     print("  ".join(f"{name} {results.environment[name]}" for name in ("fastattn", "torch", "cpu", "gpu", "threads")))
     for name, section in results.sections().items():
@@ -164,7 +175,7 @@ def report(options: argparse.Namespace) -> int:
                 page.save(figure, options.figures / f"{name}.svg")
                 print(f"written: {options.figures / name}.svg")
     except ImportError as missing:
-        raise ValueError(f'pictures need matplotlib: pip install "fastattn[bench]" ({missing})') from missing
+        raise ValueError(f"pictures need matplotlib: pip install matplotlib ({missing})") from missing
     return 0
 
 
@@ -179,10 +190,10 @@ def _results(path: Path) -> dict[str, Any]:
         data = json.loads(found.read_text())
     except OSError as error:
         raise ValueError(f"no results at {found}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no text, or no JSON
         raise ValueError(f"{found} is no results.json: {error}") from error
     facts = data.get("environment") if isinstance(data, dict) else None
-    if not isinstance(facts, dict) or "fastattn" not in facts:
+    if not isinstance(facts, dict) or not {"fastattn", "cpu", "date", "command"} <= set(facts):
         raise ValueError(f"{found} is no results.json of the benchmark")
     return data
 
@@ -254,18 +265,22 @@ def gpu_check(options: argparse.Namespace) -> int:
 def written(text: str, kind: type, module: Any, argument: str) -> Any:
     """A mask or score from the text of its construction, such as "Causal() & SlidingWindow(255, 0)".
 
-    Only the subclasses of `kind` that `module` exports, literals, & and | count; nothing else is evaluated.
+    Only the subclasses of `kind` in `module` that fastattn exports, literals, & and | count; nothing else is evaluated.
 
     Raises:
         TypeError, ValueError: the text is none, or what it names does not take its arguments.
     """
-    names = {name: x for name in module.__all__ if _is_below(x := getattr(module, name), kind)}
+    from . import __all__ as exported
+
+    names = {name: x for name in module.__all__ if name in exported and _is_below(x := getattr(module, name), kind)}
 
     def read(node: ast.expr) -> Any:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
             left, right = read(node.left), read(node.right)
             return left & right if isinstance(node.op, ast.BitAnd) else left | right
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            if not all(k.arg for k in node.keywords):
+                raise SyntaxError(ast.unparse(node))
             keywords = {k.arg: _literal(k.value) for k in node.keywords if k.arg}
             return names[node.func.id](*map(_literal, node.args), **keywords)
         raise SyntaxError(ast.unparse(node))
@@ -274,7 +289,9 @@ def written(text: str, kind: type, module: Any, argument: str) -> Any:
         return read(ast.parse(text, mode="eval").body)
     except SyntaxError as error:
         example = "Causal()" if kind is masks.Mask else "Softcap(50.0)"
-        raise ValueError(f'{argument} {text!r}: cannot read {error.msg}; an example: "{example}"') from error
+        raise ValueError(
+            f'{argument} {text!r}: cannot read {error.msg}; there are {", ".join(names)}; an example: "{example}"'
+        ) from error
     except (ValueError, TypeError) as error:
         raise type(error)(f"{argument} {text!r}: {error}") from error
 

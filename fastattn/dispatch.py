@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ def settled(p: Problem, name: str | None) -> Problem:
         return p
     if name is None and not has_triton():
         raise ImportError(
-            'attention on cuda tensors runs Triton kernels, and triton is not installed: pip install "fastattn[triton]". '
+            "attention on cuda tensors runs Triton kernels, and triton cannot be imported: pip install triton. "
             'backend="tiled" works without it, as torch operations'
         )
     if name is None and preferred(p) and not _misfits_of_hopper(p):
@@ -91,7 +91,9 @@ def _against_triton(*facts: Any) -> tuple[str, ...]:
 @compat.constant_in_graphs
 def has_triton() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    from .kernels import shim
+
+    return shim.PRESENT
 
 
 @functools.cache
@@ -110,13 +112,13 @@ def _by_pieces(name: str) -> pieces.ByPieces:
     return pieces.ByPieces(verbs(name))
 
 
-def plan(p: Problem) -> Plan:
-    """What would run for p."""
-    found = _plan(p)
+def plan(p: Problem, trained: bool = False, dlse: bool = False) -> Plan:
+    """What would run for p; trained: with its backward, which with `dlse` has a gradient of lse."""
+    found = _plan(p, trained, dlse)
     return found._replace(kernel=f"{found.kernel}; every batch entry and document by itself") if p.invariant else found
 
 
-def _plan(p: Problem) -> Plan:
+def _plan(p: Problem, trained: bool, dlse: bool) -> Plan:
     if p.backend == "reference":
         return Plan("reference", "plain PyTorch over the whole score matrix", ())
     if p.backend in ("triton", "hopper"):
@@ -127,6 +129,8 @@ def _plan(p: Problem) -> Plan:
     reasons = []
     if why_not_fused is not None:
         reasons.append(("fused CPU kernel", why_not_fused))
+    elif trained and (why_not := tiled.why_not_fused_backward(p, dlse)):
+        reasons.append(("fused CPU kernel in the backward", why_not))
     if p.q.device.type == "cuda":
         refused = verbs("triton").supports(p)
         reasons.append(("triton", "another backend was asked for" if refused is None else refused))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import time
@@ -479,10 +480,14 @@ def explain(
 ) -> Explanation:
     """Which backend and kernel `attention` would run for these arguments, and why not another. Runs nothing.
 
+    Of the backward it tells where an argument requires a gradient.
+
     Args and raises are those of `attention`.
     """
     p = problem(q, k, v, mask, score, sinks, scale, dropout_p, backend, deterministic, coords, draw=False)
-    plan = dispatch.plan(p)
+    params = any(x.requires_grad for item in p.scores for x in item.params)
+    trained = params or any(x.requires_grad for x in (q, k, v)) or (sinks is not None and sinks.requires_grad)
+    plan = dispatch.plan(dataclasses.replace(p, param_grads=params), trained, return_lse)
     parts = [
         f"q {tuple(q.shape)} k {tuple(k.shape)} v {tuple(v.shape)} {str(p.q.dtype)[6:]} on {q.device}",
         f"mask {_describe(p.mask)}",

@@ -94,7 +94,7 @@ def scaled_dot_product_attention(
             raise ValueError(f"attn_mask is a CausalBias for {sizes}, the call has {n_q} and {k.shape[2]}")
         mask = TOP_LEFT if align == "top_left" else BOTTOM_RIGHT
     elif attn_mask is not None:
-        dense = _mask_tensor(attn_mask, q, k.shape[2], query.shape[:-2], leading)
+        dense = _mask_tensor(attn_mask, q, k.shape[2], leading)
         if dense.dtype == torch.bool:
             mask = Dense(dense)
         else:
@@ -161,7 +161,7 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool):
     return q, k, v, tuple(leading) if rank > 3 else ()
 
 
-def _mask_tensor(attn_mask: Any, q: Tensor, n_k: int, query_leading: torch.Size, leading: tuple[int, ...]) -> Tensor:
+def _mask_tensor(attn_mask: Any, q: Tensor, n_k: int, leading: tuple[int, ...]) -> Tensor:
     """attn_mask as (B|1, H|1, L|1, S|1)."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a Tensor or None, got {type(attn_mask).__name__}")

@@ -46,6 +46,8 @@ def test_explain_scores(capsys):
     ("arguments", "words"),
     [
         (["--q", "1,4,64,16", "--mask", "Causall()"], "--mask 'Causall()': cannot read Causall()"),
+        (["--q", "1,4,64,16", "--mask", "Causll()"], "there are Causal, Chunked,"),
+        (["--q", "1,4,64,16", "--mask", "Causal(**{'align': 1})"], "cannot read Causal(**{'align': 1})"),
         (["--q", "1,4,64,16", "--mask", "Causal("], "--mask 'Causal(': cannot read"),
         (["--q", "1,4,64,16", "--mask", "__import__('os')"], "cannot read __import__"),
         (["--q", "1,4,64,16", "--mask", "Causal(align='upper')"], "align"),
@@ -116,10 +118,38 @@ def test_bench_errors(capsys, monkeypatch, arguments, words):
 
 
 def test_report_of_something_else(capsys, tmp_path):
-    for text in ("[]", "{}", '{"environment": {}}', '{"environment": []}'):
+    for text in ("[]", "{}", '{"environment": {}}', '{"environment": []}', '{"environment": {"fastattn": "0.1.0"}}'):
         (tmp_path / "results.json").write_text(text)
         assert cli.main(["report", str(tmp_path)]) == 2
         assert "is no results.json of the benchmark" in capsys.readouterr().err
+    (tmp_path / "results.json").write_bytes(b"\xff\x00")
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "results.json is no results.json: 'utf-8' codec" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written(capsys, monkeypatch, tmp_path):
+    """Said before anything is measured."""
+    monkeypatch.setattr("fastattn.bench.suite.run", None)
+    (tmp_path / "file").write_text("")
+    assert cli.main(["bench", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert f"fastattn bench: {tmp_path / 'file' / 'x'}: Not a directory" in capsys.readouterr().err
+    assert cli.main(["bench", "--into", str(tmp_path / "file")]) == 2
+    assert "has none of the marks <!-- bench:models -->, <!-- bench:training -->" in capsys.readouterr().err
+    assert cli.main(["bench", "--into", str(tmp_path / "file"), "--base", "HEAD"]) == 2
+    assert "--into must be left out with --base" in capsys.readouterr().err
+
+
+def test_one_workload_is_the_only_one(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def run(options):
+        assert options.suites == ("models",)
+        raise Stop
+
+    monkeypatch.setattr("fastattn.bench.suite.run", run)
+    with pytest.raises(Stop):
+        cli.main(["bench", "--only", "gpt2"])
 
 
 def test_as_a_module():

@@ -272,6 +272,13 @@ def test_explain_runs_nothing_and_tells():
     assert "no dropout" in str(told)
     assert "softcap" in str(told)
     assert fa.explain(q, k, v).reasons == ()
+    bias = fa.Bias(torch.zeros(5, 5))
+    assert fa.explain(q, k, v, score=bias).reasons == ()
+    (trained,) = fa.explain(q, k, v, score=fa.Bias(bias.params[0].requires_grad_())).reasons
+    assert trained == ("fused CPU kernel in the backward", "torch's fused CPU kernel gives no gradient to bias")
+    q.requires_grad_()
+    assert fa.explain(q, k, v).reasons == ()
+    assert "no gradient of lse" in str(fa.explain(q, k, v, return_lse=True))
     assert fa.explain(q, k, v, backend="reference").backend == "reference"
 
 

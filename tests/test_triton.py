@@ -103,7 +103,11 @@ def test_what_the_kernels_refuse_goes_to_the_tiled_backend():
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    with pytest.raises(ImportError, match=r'pip install "fastattn\[triton\]".*backend="tiled"'):
+    with pytest.raises(ImportError, match=r'triton cannot be imported: pip install triton.*backend="tiled"'):
+        dispatch.settled(call(), None)
+    monkeypatch.undo()
+    monkeypatch.setattr(shim, "PRESENT", False)  # one that is there and broken, too
+    with pytest.raises(ImportError, match="triton cannot be imported"):
         dispatch.settled(call(), None)
 
 

@@ -27,6 +27,12 @@ def kernel(p: Problem) -> tuple[str, str | None]:
     return ("torch's fused CPU kernel, region by region", None) if reason is None else ("tiles of torch operations", reason)
 
 
+def why_not_fused_backward(p: Problem, dlse: bool) -> str | None:
+    """Why the backward of a call whose forward is the fused kernel runs tiles of torch operations, or None; dlse: whether lse
+    has a gradient."""
+    return fused.refuses(p, backward=True, dlse=dlse)
+
+
 def forward(p: Problem, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not fused.refuses(p):
         found = fused.forward(p, train)

@@ -19,7 +19,6 @@ transformers.logging.set_verbosity_error()
 hf.register()
 
 MODELS = {model.name: model for model in host_models.MODELS}
-TEXT = [m for m in host_models.MODELS if m.library == "transformers" and "trained" not in m.name]
 
 
 def built(name):
