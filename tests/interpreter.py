@@ -30,6 +30,7 @@ def install():
     """Make this process's interpreter work so, where it is one of those that this is written for."""
     if not hasattr(interpreter, "_LangPatchScope"):
         return
+    take_scalars_of_any_rank()
     patch, done, nothing = interpreter._patch_lang, set(), Nothing()
 
     @functools.cache
@@ -59,6 +60,17 @@ def install():
     interpreter.TensorHandle.__post_init__ = lambda self: None  # what it checks is the interpreter's own work
     remember_shapes(interpreter.tl.core)
     skip_what_is_alike(interpreter.TritonSemantic)
+
+
+def take_scalars_of_any_rank():
+    """Triton 3.6 makes an index of an array of one element, which numpy since 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
 
 
 def skip_what_is_alike(semantic):
