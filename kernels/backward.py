@@ -165,9 +165,9 @@ def backward_dq(
             )  # fmt: skip
         else:
             for entry in tl.range(0, grads[3], num_stages=1):
-                sums = (grads[0] + own, grads[1], q_idx < n_q, grads[2] + own, entry > 0, entry + 1 < grads[3])
+                shared = (grads[0] + own, grads[1], q_idx < n_q, grads[2] + own, entry > 0, entry + 1 < grads[3])
                 dq_rows(
-                    q, k, v, do, lse2, delta, dlse, sinks, dq_out, sums, (data, size, n_b), strides, scale, q0, b + entry, h,
+                    q, k, v, do, lse2, delta, dlse, sinks, dq_out, shared, (data, size, n_b), strides, scale, q0, b + entry, h,
                     n_h, n_pad, FLAGS, PREDICATES, SCORES, GROUP, SPANS, DIMS, BLOCKS, PRECISION, ZERO_SUM,
                 )  # fmt: skip
 

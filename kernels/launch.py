@@ -47,7 +47,7 @@ class Launch(NamedTuple):
 
 @functools.cache
 def tables() -> dict[str, dict]:
-    """Every table, by architecture: sm_80, sm_90, gfx942, interpreter and so on."""
+    """Every table, by architecture: sm_80, sm_90, gfx900 for AMD, interpreter and so on."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(TABLES.glob("*.json"))}
 
 
