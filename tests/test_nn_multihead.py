@@ -422,10 +422,10 @@ def test_autocast():
     exact = ours(x, x, x, attn_mask=causal(33, 33))
     with torch.autocast("cpu", torch.bfloat16):
         out, weights = ours(x, x, x, attn_mask=causal(33, 33))
-    assert out.dtype == torch.bfloat16
-    assert weights.dtype == torch.float32
+        theirs = nn.MultiheadAttention(64, 4)(x, x, x, attn_mask=causal(33, 33))
+    assert (out.dtype, weights.dtype) == tuple(y.dtype for y in theirs) == (torch.bfloat16, torch.bfloat16)
     assert_close(out.float(), exact[0], rtol=0.05, atol=0.02)
-    assert_close(weights, exact[1], rtol=0.05, atol=0.02)
+    assert_close(weights.float(), exact[1], rtol=0.05, atol=0.02)
 
 
 def test_dtypes_of_biases_may_differ():

@@ -138,7 +138,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = out.transpose(0, 1)
         w = None
         if need_weights:
-            w = self.shown(p, average_attn_weights).to(query.dtype)
+            w = self.shown(p, average_attn_weights).to(p.q.dtype)
             w = w if batched else w[0]
         return self.out_proj(out), w
 

@@ -54,7 +54,7 @@ def ragged_forward(
     if not need_weights:
         return result, None
     padded, beyond = _padded(p, cu_q, cu_k, is_causal, extra)
-    weights = module.shown(padded, average).to(query.dtype)
+    weights = module.shown(padded, average).to(p.q.dtype)
     return result, weights.masked_fill(beyond[:, :, None] if average else beyond[:, None, :, None], 0.0)
 
 
