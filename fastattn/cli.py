@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from . import environment, functional, masks, scores
 from .bench import SUITES
-from .kernels.launch import KERNELS
+from .kernels.launch import KERNELS, table_of
 
 DTYPES = {str(t)[6:]: t for t in functional.DTYPES}
 
@@ -345,6 +346,17 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _architecture(text: str) -> str:
+    try:
+        if re.fullmatch(r"sm_\d+|gfx[0-9a-f]+", text):
+            table_of(text)
+            return text
+    except ValueError:
+        pass
+    accepted = "sm_80 or a later one of NVIDIA's, such as sm_90, or one of AMD's, such as gfx942"
+    raise argparse.ArgumentTypeError(f"must be {accepted}, got {text!r}")
+
+
 def _page(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"must be an existing Markdown page, got {text!r}")
@@ -400,7 +412,8 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(run=report)
 
     one = commands.add_parser("compile", help="compile the Triton kernels without a GPU: registers, spills, shared memory")
-    one.add_argument("--arch", action="append", metavar="SM", help="for instance sm_90; may be repeated (default sm_80 sm_90)")
+    one.add_argument("--arch", action="append", type=_architecture, metavar="SM", help="for instance sm_90; may be repeated "
+                     "(default sm_80 sm_90)")  # fmt: skip
     one.add_argument("--head-dim", action="append", type=_count, metavar="D", help="may be repeated (default 64 128)")
     one.add_argument("--dtype", action="append", choices=["float16", "bfloat16", "float32"], help="may be repeated (bfloat16)")
     one.add_argument("--all", action="store_true", help="tangents, parameter gradients, dense masks and dropout as well, in "

@@ -74,6 +74,8 @@ def test_explain_errors(capsys, arguments, words):
         (["explain", "--q", "1,-2,3,4"], "a shape is written as 1,8,1024,64, got '1,-2,3,4'"),
         (["explain", "--q", f"{10**20},1,1,1"], f"sizes must be below 2^31, got '{10**20},1,1,1'"),
         (["compile", "--head-dim", "0"], "must be an integer of at least 1, got '0'"),
+        (["compile", "--arch", "sm_75"], "must be sm_80 or a later one of NVIDIA's, such as sm_90, or one of AMD's"),
+        (["compile", "--arch", "interpreter"], "such as gfx942, got 'interpreter'"),
         (["bench", "--threads", "0"], "must be an integer of at least 1, got '0'"),
         (["bench", "--minutes", "-1"], "must be a positive number, got '-1'"),
         (["bench", "--into", "no/page.md"], "must be an existing Markdown page, got 'no/page.md'"),
