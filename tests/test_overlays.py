@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from processes import ROOT, copied, overlay, python, suite
+from processes import ROOT, TESTS, copied, overlay, python, suite
 from test_emulated import PARTS, SUITE
 
 SANITIZER = ("ttsem.sanitize", "pytest")
@@ -91,3 +91,16 @@ def test_the_oldest_triton_reads_everything(oldest):
     done = suite(ROOT, "test_triton.py::test_is_read", path=[oldest], TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "4 passed" in done.stdout
+
+
+WAYS = "parameters or of_a_table or beside or users or coordinates or strides or front or alone"  # from a call to its launches
+
+
+def test_the_oldest_triton_reads_what_a_suite_launches(oldest, tmp_path):
+    """Gradients of every kind of parameter among it. Some tests ask for more than the numbers, and fail here."""
+    report = tmp_path / "read.txt"
+    arguments = ("-preader", f"-k{WAYS}", "--maxfail=1000", "interpreted/features.py")
+    done = suite(ROOT, *arguments, path=[oldest, TESTS], TRITON_INTERPRET="0", READ=str(report))
+    told = report.read_text().splitlines()
+    assert len(told) == 1, "\n".join(told)
+    assert int(told[0].removesuffix(" read")) > 100, done.stdout[-3000:]
