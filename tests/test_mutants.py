@@ -47,7 +47,7 @@ MUTANTS = {
     "a row of delta": ("backward.py", "tl.store(delta + row, tl.where(seen, total, 0.0))",
                        "tl.store(delta + row, tl.where(seen & (q_idx != 46), total, 0.0))",
                        FEATURES + "test_dv_alone_and_dlse_alone"),
-    "what earlier entries left": ("backward.py", "x += tl.load(sums[1] + at", "x -= tl.load(sums[1] + at",
+    "what earlier entries left": ("backward.py", "x += tl.load(sums[3] + at", "x -= tl.load(sums[3] + at",
                                   FEATURES + "test_the_gradient_of_a_bias_beside_dq[shared-float32]"),
     "a row of the zero sum": ("backward.py", "dq -= total[:, None] * reference[None, :]",
                               "dq -= tl.where(q_idx == 40, 0.0, total)[:, None] * reference[None, :]",
