@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .. import environment
 from . import checks, features, memory
 
 
@@ -21,18 +22,8 @@ def main() -> None:
         kind, *told = json.loads(line)
         answer = checks.named(*told).json() if kind == "cell" else feature(*told)
         print(json.dumps(answer), flush=True)
-        if lost():  # nothing works any more in this process: another goes on
+        if environment.lost_gpu():  # another process goes on
             raise SystemExit(1)
-
-
-def lost() -> bool:
-    """Whether a kernel did what it must not, after which a CUDA context answers everything with that error."""
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return True
-    return False
 
 
 def feature(name: str, who: str, length: int, device: str) -> dict[str, Any]:

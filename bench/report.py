@@ -10,7 +10,7 @@ from pathlib import Path
 def check(page: Path, names: Iterable[str]) -> None:
     """Raise what `insert` would raise for sections of these names."""
     text = page.read_text()
-    if not any(f"<!-- bench:{name} -->" in text for name in names):
+    if not any(_between(name).search(text) for name in names):
         marks = ", ".join(f"<!-- bench:{name} -->" for name in names)
         raise ValueError(f"{page} has none of the marks {marks}")
 
@@ -23,11 +23,14 @@ def insert(page: Path, sections: dict[str, str], caption: str) -> list[str]:
     """
     text, done = page.read_text(), []
     for name, section in sections.items():
-        pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
         written = f"{section}\n\n{caption}\n".replace("\\", "\\\\")
-        text, count = pattern.subn(rf"\g<1>{written}\g<2>", text)
+        text, count = _between(name).subn(rf"\g<1>{written}\g<2>", text)
         done += [name] * bool(count)
     if not done:
         check(page, sections)
     page.write_text(text)
     return done
+
+
+def _between(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)

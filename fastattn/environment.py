@@ -35,6 +35,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def lost_gpu() -> str | None:
+    """What torch says of a CUDA context in which nothing works any more, since a kernel of it did what it must not; or None."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
 def backends() -> dict[str, str]:
     """Every backend's name and what it is here."""
     lines = {

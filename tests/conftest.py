@@ -53,23 +53,15 @@ def pytest_runtest_setup():
     torch.manual_seed(0)
 
 
-def lost():
-    """What torch says of a CUDA context in which nothing works any more, since a kernel of it did what it must not; or None."""
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            return str(error)
-    return None
-
-
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Ends a process that has lost its GPU: every later test would fail in it, and it would take the others' tests too."""
     report = (yield).get_result()
     if report.failed and torch.cuda.is_initialized():
         print(f"\n{item.nodeid} failed\n{report.longreprtext[-4000:]}", file=sys.__stderr__, flush=True)
-        if reason := lost():
+        from fastattn import environment
+
+        if reason := environment.lost_gpu():
             print(f"{item.nodeid} lost the GPU: {reason}", file=sys.__stderr__, flush=True)
             if "OUTCOMES" in os.environ:  # nobody else will hear of it
                 Outcomes(os.environ["OUTCOMES"]).pytest_runtest_logreport(report)
